@@ -1,0 +1,1 @@
+"""Requests, spans, batches, configuration and errors. Knows nothing of torch."""

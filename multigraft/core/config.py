@@ -1,0 +1,99 @@
+"""Configuration: frozen, keyword-only, documented field by field. The command line derives from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model: str
+    """Hub id, local folder with safetensors, or a .gguf file."""
+    served_model_name: str | None = None
+    """Name that clients use for the base model; the default is MODEL as given."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, when it is not the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """Type of weights and activations; auto takes the checkpoint's (float16 only on CUDA)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes CUDA when there is one."""
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; the default is the model's own, bounded by the KV cache."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights of the model's shape, for benchmarks."""
+    chat_template: str | None = None
+    """Jinja template, or a file that holds one, in place of the tokenizer's."""
+    seed: int = 0
+    """Seed of requests that bring none."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile: a slower start, faster steps."""
+    trust_remote_code: bool = False
+    """Let the hub repository's own Python define the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    page_size: int = 16
+    """Tokens in one KV page."""
+    kv_cache_gib: float | None = None
+    """Memory of the KV pages, in GiB; the default takes what is free on CUDA, and at most 4 GiB on the CPU."""
+    gpu_memory_utilization: float = 0.90
+    """Share of the GPU's memory that weights, activations and KV may take together."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV of shared prompt prefixes, separately for every adapter version and scope."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    max_num_seqs: int = 256
+    """Requests running at once, at most."""
+    max_num_batched_tokens: int = 2048
+    """Tokens in one step, at most; longer prompts are prefilled in chunks."""
+    fairness: bool = True
+    """Admit adapters by least service received, so that one adapter's flood does not starve the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    max_loras: int = 16
+    """Adapters on the device at once."""
+    max_lora_rank: int = 64
+    """Largest rank that is accepted."""
+    max_cpu_loras: int = 256
+    """Adapters kept in host memory; the others are read from disk again when they are asked for."""
+    adapter_memory_gib: float | None = None
+    """Device memory for adapters, in GiB; the default holds max_loras adapters of rank 16 on all linears."""
+    lora_modules: tuple[str, ...] = ()
+    """Adapters to register at start: name=path, or JSON {"name":…, "path":…, "scope":…}."""
+    lora_dir: Path | None = None
+    """Folder of adapter folders, registered by name and loaded on first use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    data_dir: Path = Path("~/.cache/multigraft")
+    """Converted models, compiled kernels and state live here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = 8000
+    """Port to listen on."""
+    api_key: tuple[str, ...] = ()
+    """Keys that clients must present as bearer tokens; none: open to all."""
+    max_request_bytes: int = 8 * 2**20
+    """Largest request body accepted."""
+    shutdown_grace_s: float = 30.0
+    """How long running requests may finish after a termination signal."""
+    allow_lora_updating: bool = True
+    """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter."""

@@ -1,0 +1,126 @@
+"""What a front end needs of the engine; `AsyncEngine` implements it, front ends see nothing else of the engine.
+
+Every method that takes user input raises core.errors.MultigraftError subclasses for the user's mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from multigraft.core.request import Output, SamplingParams, Scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A model name that requests may use: the base model or an adapter."""
+
+    name: str
+    root: str
+    """The base model as it was given, or the adapter's folder."""
+    parent: str | None = None
+    """None for the base model; the base model's name for an adapter."""
+    created: int = 0
+    max_model_len: int | None = None
+    scope: Scope | None = None
+    version: int | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of counters and gauges; counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of KV pages in use, 0 to 1."""
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens looked up in the prefix index."""
+    prefix_cache_hits: int = 0
+    """Tokens found there."""
+    max_loras: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    slots_used: int = 0
+    adapter_loads: int = 0
+    adapter_load_seconds: float = 0.0
+    steps: int = 0
+
+
+class EngineClient(Protocol):
+    """One engine behind any number of front ends, on one asyncio loop."""
+
+    @property
+    def model_name(self) -> str:
+        """The served name of the base model."""
+        ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        model: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[Output]:
+        """Stream the deltas of one prompt; with n > 1 the completions interleave, told apart by `index`.
+
+        model: base or adapter name; None is the base. Closing the iterator aborts the request. The first Output
+        of each index carries prompt_token_ids. Raises at the first iteration: ModelNotFound,
+        ContextLengthExceeded, InvalidRequest, AdapterError (its files failed to load), ShuttingDown.
+        """
+        ...
+
+    def models(self) -> list[ModelCard]:
+        """The base model first, then adapters by name."""
+        ...
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str: ...
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token alone, as log-probability listings show it."""
+        ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a chat; InvalidRequest when the template refuses the messages or there is none."""
+        ...
+
+    async def load_adapter(
+        self, name: str, path: str, *, scope: Scope | None = None, in_place: bool = False
+    ) -> ModelCard:
+        """Read, validate and register an adapter. in_place: a new version of a registered name."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Running requests finish; ModelNotFound when it is not registered."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine's loop has died; its error was logged."""
+        ...
+
+    async def shutdown(self, grace_s: float) -> None:
+        """Refuse new requests, let running ones finish for at most grace_s seconds, then stop."""
+        ...
