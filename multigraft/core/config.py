@@ -31,6 +31,8 @@ class ModelConfig:
     """Seed of requests that bring none."""
     compile: bool = False
     """Compile the decoder layers with torch.compile: a slower start, faster steps."""
+    attention_backend: Literal["auto", "flashinfer", "sdpa"] = "auto"
+    """Attention library; auto takes FlashInfer on CUDA when it is installed, else PyTorch's own."""
     trust_remote_code: bool = False
     """Let the hub repository's own Python define the model."""
 

@@ -143,7 +143,7 @@ class AsyncEngine:
         return ref
 
     def _check(self, tokens: list[int], sampling: SamplingParams) -> None:
-        vocab, limit = self.parts.loaded.vocab_size, self.max_model_len
+        vocab, limit = self.parts.vocab_size, self.max_model_len
         if not tokens:
             raise InvalidRequest("The prompt is empty; it needs at least one token.", param="prompt")
         wrong = next((t for t in tokens if not 0 <= t < vocab), None)
@@ -165,7 +165,9 @@ class AsyncEngine:
         for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             wrong = next((t for t in ids if not 0 <= t < vocab), None)
             if wrong is not None:
-                raise InvalidRequest(f"{name} has token id {wrong}, outside the vocabulary (0 to {vocab - 1}).", param=name)
+                raise InvalidRequest(
+                    f"{name} has token id {wrong}, outside the vocabulary (0 to {vocab - 1}).", param=name
+                )
         if sampling.stop and self.parts.tokenizer is None:
             raise InvalidRequest("Stop strings need a tokenizer, and this model has none.", param="stop")
 
@@ -188,7 +190,7 @@ class AsyncEngine:
         return self._tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        vocab = self.parts.loaded.vocab_size
+        vocab = self.parts.vocab_size
         wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
         if wrong is not None:
             raise InvalidRequest(f"Token id {wrong} is outside the vocabulary (0 to {vocab - 1}).", param="tokens")

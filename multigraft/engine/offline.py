@@ -76,7 +76,7 @@ class Engine:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapters: str | None | Sequence[str | None] = None,
+        adapters: str | Sequence[str | None] | None = None,
         *,
         progress: bool = False,
     ) -> list[Result]:

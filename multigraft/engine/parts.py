@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from multigraft.core.errors import CapacityExceeded
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredCompiler
 from multigraft.kvcache.pages import PagePool
-from multigraft.models import attention, graft
+from multigraft.kvcache.tensors import PagedKV
+from multigraft.models import attention, backends, graft
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.runner import Runner
-from multigraft.models.sdpa import SdpaBackend
-from multigraft.models.segments import CpuGrafts
+from multigraft.models.segments import CpuGrafts, CudaGrafts
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
 
@@ -50,6 +51,7 @@ class EngineParts:
     structured: StructuredCompiler | None
     """None when there is no tokenizer."""
     rng: np.random.Generator
+    vocab_size: int
 
     @property
     def tokenizer(self) -> Any:
@@ -76,6 +78,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     if loaded.device.type == "cpu":
         _keep_freed_memory()
     model = loaded.model
+    vocab_size = model.get_input_embeddings().num_embeddings
     sites = graft.find_sites(model)
     bank = Bank(
         sites,
@@ -84,9 +87,15 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         dtype=loaded.dtype,
         device=loaded.device,
     )
-    grafts = CpuGrafts(sites, bank, head=_head_path(model))
+    head = _head_path(model)
+    grafts = (
+        CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
+        if loaded.device.type == "cuda"
+        else CpuGrafts(sites, bank, head)
+    )
     graft.graft(model, sites, grafts)
-    backend = _attention_backend(config, loaded)
+    kv = _allocate_kv(config, loaded)
+    backend = backends.choose(config.model.attention_backend, kv)
     attention.attach(model, backend)
     if config.model.compile:
         _compile_layers(model)
@@ -98,7 +107,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         store.register(module.name, module.path, scope=module.scope)
     if config.adapters.lora_dir is not None:
         progress(f"{store.register_dir(config.adapters.lora_dir)} adapters registered from {config.adapters.lora_dir}")
-    pages = PagePool(backend.num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
+    pages = PagePool(kv.num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
     residency = Residency(max_slots=config.adapters.max_loras, max_bytes=bank.capacity_bytes)
     return EngineParts(
         config=config,
@@ -108,9 +117,10 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         bank=bank,
         store=store,
         scheduler=Scheduler(config.scheduler, pages, residency),
-        sampler=Sampler(loaded.vocab_size, loaded.device, loaded.eos_token_ids),
-        structured=StructuredCompiler(loaded.tokenizer, loaded.vocab_size) if loaded.tokenizer else None,
+        sampler=Sampler(vocab_size, loaded.device, loaded.eos_token_ids),
+        structured=StructuredCompiler(loaded.tokenizer, vocab_size) if loaded.tokenizer else None,
         rng=np.random.default_rng(config.model.seed),
+        vocab_size=vocab_size,
     )
 
 
@@ -124,11 +134,15 @@ def adapter_bytes(config: EngineConfig, sites: list[Site], dtype: torch.dtype) -
     return config.adapters.max_loras * elements * dtype.itemsize
 
 
-def _attention_backend(config: EngineConfig, loaded: LoadedModel) -> SdpaBackend:
+def _allocate_kv(config: EngineConfig, loaded: LoadedModel) -> PagedKV:
     c = loaded.model.config.get_text_config()
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    num_kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    page_bytes = 2 * c.num_hidden_layers * config.cache.page_size * num_kv_heads * head_dim * loaded.dtype.itemsize
+    shape = {
+        "num_layers": c.num_hidden_layers,
+        "num_kv_heads": getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        "head_dim": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        "page_size": config.cache.page_size,
+    }
+    page_bytes = 2 * math.prod(shape.values()) * loaded.dtype.itemsize
     if config.cache.kv_cache_gib is not None:
         budget = int(config.cache.kv_cache_gib * GIB)
     elif loaded.device.type == "cuda":
@@ -144,15 +158,7 @@ def _attention_backend(config: EngineConfig, loaded: LoadedModel) -> SdpaBackend
             f"The KV cache may take {max(budget, 0) / GIB:.2f} GiB, but a page of {config.cache.page_size} tokens "
             f"needs {page_bytes / GIB:.4f} GiB and at least 2 are needed; raise --kv-cache-gib."
         )
-    return SdpaBackend(
-        num_layers=c.num_hidden_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_pages=num_pages,
-        page_size=config.cache.page_size,
-        dtype=loaded.dtype,
-        device=loaded.device,
-    )
+    return PagedKV(**shape, num_pages=num_pages, dtype=loaded.dtype, device=loaded.device)
 
 
 def _activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:

@@ -23,10 +23,7 @@ _CHANGES_THE_MATHS = ("s_aux", "position_bias", "head_mask", "indices")
 
 
 class AttentionBackend(Protocol):
-    """Owns the KV pages of every layer; writes the step's keys and values and attends over each request's own."""
-
-    nbytes: int
-    """Memory of the KV pages."""
+    """Writes the step's keys and values to the KV pages and attends over each request's own."""
 
     def begin(self, batch: Batch) -> None:
         """Prepare for one step; spans in row order, their requests' `pages` covering every position."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from multigraft.core.batch import Batch
 from multigraft.models.attention import AttentionBackend
-from multigraft.models.segments import NO_SLOT, CpuGrafts
+from multigraft.models.segments import NO_SLOT, CpuGrafts, CudaGrafts
 
 
 @dataclass(slots=True)
@@ -25,7 +25,9 @@ class StepOutput:
 
 
 class Runner:
-    def __init__(self, model: nn.Module, attention: AttentionBackend, grafts: CpuGrafts, device: torch.device):
+    def __init__(
+        self, model: nn.Module, attention: AttentionBackend, grafts: CpuGrafts | CudaGrafts, device: torch.device
+    ):
         self.model = model
         self.attention = attention
         self.grafts = grafts

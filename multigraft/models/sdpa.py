@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from multigraft.core.batch import Batch, Phase, Span
+from multigraft.kvcache.tensors import PagedKV
 
 
 @dataclass(slots=True)
@@ -38,43 +39,25 @@ class _Prefill:
 
 
 class SdpaBackend:
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self.nbytes = 2 * self.k.numel() * self.k.element_size()
-        self._kv_index = torch.empty(0, dtype=torch.long)
+    def __init__(self, kv: PagedKV):
+        self.kv = kv
+        self._rows = torch.empty(0, dtype=torch.long)
         self._fresh: torch.Tensor | None = None
         self._decode: list[_Decode] = []
         self._prefill: list[_Prefill] = []
 
     def begin(self, batch: Batch) -> None:
-        device, p = self.k.device, self.page_size
-        index, fresh, prefill, decode = [], [], [], []
+        p = self.kv.page_size
+        fresh, prefill, decode = [], [], []
         row = 0
         for span in batch.spans:
-            pages = np.asarray(span.request.pages)
-            positions = np.arange(span.start, span.stop)
-            index.append(pages[positions // p] * p + positions % p)
             # A page begun but not filled now keeps a former tenant's tail: a NaN there would survive any mask.
             if span.stop % p and span.start <= span.stop - span.stop % p:
-                fresh.append(int(pages[span.stop // p]))
+                fresh.append(span.request.pages[span.stop // p])
             (decode if span.phase is Phase.DECODE else prefill).append((row, span))
             row += span.length
-        self._kv_index = torch.from_numpy(np.concatenate(index)).to(device)
-        self._fresh = torch.tensor(fresh, device=device) if fresh else None
+        self._rows = self.kv.rows_of(batch)
+        self._fresh = torch.tensor(fresh, device=self.kv.k.device) if fresh else None
         self._prefill = self._group_prefill(prefill)
         self._decode = self._group_decode(decode)
 
@@ -83,7 +66,7 @@ class SdpaBackend:
         for row, span in spans:
             last = groups[-1] if groups else None
             if span.start:
-                pages = torch.tensor(span.request.pages[: -(-span.stop // self.page_size)], device=self.k.device)
+                pages = torch.tensor(span.request.pages[: -(-span.stop // self.kv.page_size)], device=self.kv.k.device)
                 groups.append(_Prefill(row, 1, span.length, span.start, pages))
             elif last and not last.start and last.length == span.length:
                 last.num += 1
@@ -94,12 +77,12 @@ class SdpaBackend:
     def _group_decode(self, spans: list[tuple[int, Span]]) -> list[_Decode]:
         buckets: dict[int, list[tuple[int, Span]]] = {}
         for row, span in spans:
-            num_pages = -(-span.stop // self.page_size)
+            num_pages = -(-span.stop // self.kv.page_size)
             buckets.setdefault(max(8, num_pages - 1).bit_length(), []).append((row, span))
         return [self._decode_group(bucket) for bucket in buckets.values()]
 
     def _decode_group(self, spans: list[tuple[int, Span]]) -> _Decode:
-        device, p = self.k.device, self.page_size
+        device, p = self.kv.k.device, self.kv.page_size
         width = max(-(-span.stop // p) for _, span in spans)
         table = np.empty((len(spans), width), dtype=np.int64)
         for i, (_, span) in enumerate(spans):
@@ -124,19 +107,20 @@ class SdpaBackend:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        k_cache, v_cache = self.k[layer], self.v[layer]
+        k_cache, v_cache = self.kv.k[layer], self.kv.v[layer]
         if self._fresh is not None:
             k_cache.index_fill_(0, self._fresh, 0)
             v_cache.index_fill_(0, self._fresh, 0)
-        k_cache.flatten(0, 1).index_copy_(0, self._kv_index, k_TKD)
-        v_cache.flatten(0, 1).index_copy_(0, self._kv_index, v_TKD)
+        self.kv.write(layer, self._rows, k_TKD, v_TKD)
         out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         for p in self._prefill:
             rows = slice(p.first, p.first + p.num * p.length)
             if p.pages is None:
                 k, v = (t[rows].unflatten(0, (p.num, p.length)) for t in (k_TKD, v_TKD))
             else:
-                k, v = (c.index_select(0, p.pages).flatten(0, 1)[None, : p.start + p.length] for c in (k_cache, v_cache))
+                k, v = (
+                    c.index_select(0, p.pages).flatten(0, 1)[None, : p.start + p.length] for c in (k_cache, v_cache)
+                )
             q = q_THD[rows].unflatten(0, (p.num, p.length))
             mask = None if p.pages is None and not window else self._prefill_mask(p, window, q)
             o = _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scaling, softcap)
@@ -161,7 +145,7 @@ class SdpaBackend:
 
     def _decode_mask(self, d: _Decode, window: int | None, q: torch.Tensor) -> torch.Tensor:
         if window not in d.masks:
-            keys = torch.arange(d.pages.numel() // len(d.lengths) * self.page_size, device=q.device)[None]
+            keys = torch.arange(d.pages.numel() // len(d.lengths) * self.kv.page_size, device=q.device)[None]
             unseen = keys >= d.lengths
             if window:
                 unseen |= keys < d.lengths - window

@@ -8,8 +8,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
+from multigraft.kernels.lora import segmented_lora_
 from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_segment
+from multigraft.kernels.tiles import build_tiles, choose_block_m
 
 NO_SLOT = -1
 
@@ -33,10 +36,7 @@ class _Rows:
     """
 
     def __init__(self, row_slot: np.ndarray):
-        cuts = np.flatnonzero(np.diff(row_slot)) + 1
-        starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
-        segments = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True)]
-        self.segments = [s for s in segments if s[2] != NO_SLOT]
+        self.segments = cut_segments(row_slot)
         self.wide = [s for s in self.segments if s[1] - s[0] >= WIDE_ROWS]
         narrow = [np.arange(a, b) for a, b, _ in self.segments if b - a < WIDE_ROWS]
         rows = np.concatenate(narrow) if narrow else np.empty(0, dtype=np.int64)
@@ -87,7 +87,7 @@ class CpuGrafts:
         assert rows is not None
         where = self.sites[site]
         if where.kind is SiteKind.EMBEDDING:
-            self._add_embedding(site, y, x, rows)
+            add_embedding(self.slots, site, y, x, rows.segments)
             return
         for start, stop, slot in rows.wide:
             factors = self.slots.factors(site, slot)
@@ -120,9 +120,73 @@ class CpuGrafts:
             own = rows.ownership[pack.pattern] = pack.ownership(row_adapter, dtype)
         return own
 
-    def _add_embedding(self, site: int, y: torch.Tensor, ids: torch.Tensor, rows: _Rows) -> None:
-        """Embedding LoRA: y += s * A[:, id]ᵀ B; a row costs one column of A, so segments go one by one."""
-        for start, stop, slot in rows.segments:
-            f = self.slots.factors(site, slot)
-            if f is not None:
-                y[start:stop].addmm_(f.a[:, ids[start:stop]].T, f.b[0], alpha=f.scales[0])
+
+class CudaGrafts:
+    """Applies the bank's adapters with the segmented kernels; implements models.graft.Grafts.
+
+    The tile tables of a step are built on the host and copied once; the kernels read them on the device.
+    """
+
+    def __init__(self, sites: Sequence[Site], bank: Bank, head: str | None, max_rank: int):
+        """head: module path of the output head, which sees the sampled rows only. max_rank: of any adapter."""
+        self.sites = list(sites)
+        self.bank = bank
+        self.head_sites = {s.index for s in sites if head in s.members}
+        self.max_rank = max_rank
+        self.active = False
+        self._body: _Tiles | None = None
+        self._head: _Tiles | None = None
+
+    def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
+        """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
+        self.active = bool((row_slot != NO_SLOT).any())
+        if self.active:
+            self._body = _Tiles(row_slot, self.bank.device)
+            self._head = _Tiles(row_slot[head_rows], self.bank.device)
+
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        tiles = self._head if site in self.head_sites else self._body
+        where, bank = self.sites[site], self.bank
+        assert tiles is not None
+        if where.kind is SiteKind.EMBEDDING:
+            add_embedding(bank, site, y, x, tiles.segments)
+        elif tiles.segments and bank.entries(site):
+            members = len(where.members)
+            segmented_lora_(
+                y,
+                x,
+                bank.arena,
+                bank.table[site, :, :members],
+                bank.scales[site, :, :members],
+                tiles.table,
+                where.out_features,
+                tiles.block_m,
+                self.max_rank,
+            )
+
+
+class _Tiles:
+    def __init__(self, row_slot: np.ndarray, device: torch.device):
+        self.segments = cut_segments(row_slot)
+        bounds = torch.tensor([s[:2] for s in self.segments], dtype=torch.int32).view(-1, 2)
+        slots = torch.tensor([s[2] for s in self.segments], dtype=torch.int32)
+        self.block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(self.segments)))
+        self.table = build_tiles(bounds, slots, self.block_m).pin_memory().to(device, non_blocking=True)
+
+
+def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first row, last row + 1, slot) of each run of rows with the same slot, runs of NO_SLOT left out."""
+    cuts = np.flatnonzero(np.diff(row_slot)) + 1
+    starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
+    runs = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True) if a < b]
+    return [run for run in runs if run[2] != NO_SLOT]
+
+
+def add_embedding(
+    slots: Slots, site: int, y: torch.Tensor, ids: torch.Tensor, segments: list[tuple[int, int, int]]
+) -> None:
+    """Embedding LoRA: y += s * A[:, id]ᵀ B; a row costs one column of A, so segments go one by one."""
+    for start, stop, slot in segments:
+        f = slots.factors(site, slot)
+        if f is not None:
+            y[start:stop].addmm_(f.a[:, ids[start:stop]].T, f.b[0], alpha=f.scales[0])
