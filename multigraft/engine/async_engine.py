@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from multigraft.core.config import EngineConfig
@@ -22,6 +22,7 @@ from multigraft.engine.client import EngineStats, ModelCard
 from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
 from multigraft.engine.parts import EngineParts, build
+from multigraft.engine.structured import Matcher
 
 log = logging.getLogger(__name__)
 
@@ -109,19 +110,18 @@ class AsyncEngine:
         """One submission for each of the n completions, each holding its adapter version."""
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self._check(tokens, sampling)
-        structured = None
+        matchers: list[Matcher | None] = [None] * sampling.n
         if sampling.structured is not None:
             if self.parts.structured is None:
                 raise InvalidRequest("Structured output needs a tokenizer, and this model has none.")
-            structured = await asyncio.to_thread(self.parts.structured.compile, sampling.structured)
+            compile_one = partial(self.parts.structured.compile, sampling.structured)
+            matchers = [await asyncio.to_thread(compile_one) for _ in range(sampling.n)]
         base_id = request_id or f"request-{next(self._numbers)}"
         left = self.max_model_len - len(tokens)
         max_tokens = min(left, sampling.max_tokens or left)
         submissions = []
         for i in range(sampling.n):
             child = sampling.nth(i)
-            if child.seed is None:
-                child = replace(child, seed=self._core.draw_seed())
             request = Request(
                 base_id if sampling.n == 1 else f"{base_id}-{i}",
                 tokens,
@@ -131,8 +131,7 @@ class AsyncEngine:
                 priority=priority,
             )
             detokenizer = Detokenizer(self.parts.tokenizer, tokens, child) if self.parts.tokenizer else None
-            matcher = structured.fresh() if structured is not None else None
-            submissions.append(Submission(request, _nowhere, index=i, detokenizer=detokenizer, matcher=matcher))
+            submissions.append(Submission(request, _nowhere, index=i, detokenizer=detokenizer, matcher=matchers[i]))
         return submissions
 
     def _acquire(self, model: str | None) -> AdapterRef | None:
@@ -162,12 +161,7 @@ class AsyncEngine:
                 f"At most {limit - len(tokens)} output tokens fit.",
                 param="max_tokens",
             )
-        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            wrong = next((t for t in ids if not 0 <= t < vocab), None)
-            if wrong is not None:
-                raise InvalidRequest(
-                    f"{name} has token id {wrong}, outside the vocabulary (0 to {vocab - 1}).", param=name
-                )
+        self.parts.sampler.validate(sampling)
         if sampling.stop and self.parts.tokenizer is None:
             raise InvalidRequest("Stop strings need a tokenizer, and this model has none.", param="stop")
 

@@ -15,16 +15,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from multigraft.core.batch import AdapterMove, Batch
-from multigraft.core.errors import AdapterError, MultigraftError, ShuttingDown
+from multigraft.core.errors import AdapterError, InvalidRequest, MultigraftError, ShuttingDown
 from multigraft.core.request import AdapterRef, FinishReason, Output, Request, TokenLogprobs
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.parts import EngineParts
-from multigraft.engine.sampler import Sampled, prompt_logprobs
-from multigraft.engine.structured import Matcher
+from multigraft.engine.logprobs import prompt_logprobs
+from multigraft.engine.sampler import Sampled
+from multigraft.engine.structured import Matcher, token_masks
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +44,8 @@ class Submission:
     """None: the engine has no tokenizer, outputs are token ids only."""
     matcher: Matcher | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    admitted: bool = False
+    """Whether the sampler knows it."""
     announced: bool = False
     """Whether an Output with the prompt's data went out."""
 
@@ -189,7 +190,7 @@ class EngineCore:
         results = parts.sampler.sample(
             output.logits[: output.num_sampled],
             [span.request for span in spans],
-            [s.matcher for s in live],
+            token_masks([s.matcher for s in live]),
         )
         row = output.num_sampled
         for i, first, num in output.scored:
@@ -222,18 +223,24 @@ class EngineCore:
         sampling = request.sampling
         self.counters.generation_tokens += 1
         reason, stop = check_stop(request, sampled.token, self.parts.eos_token_ids)
+        if submission.matcher is not None and reason is None:
+            try:
+                submission.matcher.advance(sampled.token)
+            except InvalidRequest as error:
+                self._end(submission, FinishReason.ERROR, error=error)
+                return
+            if submission.matcher.finished:
+                reason = FinishReason.STOP
         text = ""
         detokenizer = submission.detokenizer
         if detokenizer is not None:
-            hidden = reason is FinishReason.STOP and not sampling.include_stop_str_in_output
-            if not hidden:
+            ends = reason is FinishReason.STOP and (stop is not None or sampled.token in self.parts.eos_token_ids)
+            if not ends or sampling.include_stop_str_in_output:
                 text, stop_string = detokenizer.push([sampled.token])
-                if stop_string is not None and request.num_output >= sampling.min_tokens:
+                if stop_string is not None:
                     reason, stop = FinishReason.STOP, stop_string
             if reason is not None and not isinstance(stop, str):
                 text += detokenizer.flush()
-        if submission.matcher is not None and reason is None:
-            submission.matcher.advance(sampled.token)
         output = self._output(submission)
         output.text = text
         output.token_ids = [sampled.token]
@@ -275,6 +282,8 @@ class EngineCore:
         output.finish_reason = reason
         output.error = error
         del self._live[request.id]
+        if submission.admitted:
+            self.parts.sampler.release(request)
         if request.finish_reason is None:
             self.scheduler.finish(request, reason)
         if request.adapter is not None:
@@ -285,6 +294,8 @@ class EngineCore:
         request = submission.request
         self._live[request.id] = submission
         try:
+            self.parts.sampler.admit(request)
+            submission.admitted = True
             self.scheduler.add(request)
         except MultigraftError as error:
             request.finish_reason = FinishReason.ERROR
@@ -332,7 +343,3 @@ class EngineCore:
     def forget(self, ref: AdapterRef) -> None:
         """Drop the cached KV of an adapter version that will get no new requests. From any thread."""
         self.post(partial(self.scheduler.pages.drop, ref.cache_key))
-
-    def draw_seed(self) -> int:
-        """A seed for a request that brings none; reproducible from the engine's own seed."""
-        return int(self.parts.rng.integers(0, 2**63, dtype=np.int64))

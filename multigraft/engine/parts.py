@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from multigraft.adapters.bank import Bank
@@ -20,7 +19,7 @@ from multigraft.adapters.store import AdapterStore, parse_lora_module
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import CapacityExceeded
 from multigraft.engine.sampler import Sampler
-from multigraft.engine.structured import StructuredCompiler
+from multigraft.engine.structured import StructuredOutput
 from multigraft.kvcache.pages import PagePool
 from multigraft.kvcache.tensors import PagedKV
 from multigraft.models import attention, backends, graft
@@ -48,9 +47,8 @@ class EngineParts:
     store: AdapterStore
     scheduler: Scheduler
     sampler: Sampler
-    structured: StructuredCompiler | None
+    structured: StructuredOutput | None
     """None when there is no tokenizer."""
-    rng: np.random.Generator
     vocab_size: int
 
     @property
@@ -117,9 +115,8 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         bank=bank,
         store=store,
         scheduler=Scheduler(config.scheduler, pages, residency),
-        sampler=Sampler(vocab_size, loaded.device, loaded.eos_token_ids),
-        structured=StructuredCompiler(loaded.tokenizer, vocab_size) if loaded.tokenizer else None,
-        rng=np.random.default_rng(config.model.seed),
+        sampler=Sampler(vocab_size, loaded.device, config.model.seed, loaded.eos_token_ids),
+        structured=(StructuredOutput(loaded.tokenizer, vocab_size, loaded.eos_token_ids) if loaded.tokenizer else None),
         vocab_size=vocab_size,
     )
 
