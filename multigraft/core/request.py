@@ -108,9 +108,7 @@ class SamplingParams:
             f"at most max_tokens ({self.max_tokens})",
         )
         check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        check(
-            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20"
-        )
+        check(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
         check(len(self.stop) <= 16 and all(self.stop), "stop", "at most 16 non-empty strings")
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
 
