@@ -1,4 +1,4 @@
-"""2,000 random requests with cancels, bad adapters, stops, errors and preemptions: nothing leaks, nothing is disturbed."""
+"""2,000 random requests with cancels, bad adapters, stops, errors and preemptions: nothing leaks."""
 
 from __future__ import annotations
 
