@@ -108,7 +108,7 @@ def test_alone_equals_mixed(llama: World) -> None:
 
 @pytest.mark.parametrize("budget", [7, 16, 33])
 def test_chunked_prefill_equals_whole(world: World, budget: int) -> None:
-    with world.engine(max_num_batched_tokens=budget) as engine:
+    with world.engine(max_num_batched_tokens=budget, max_num_seqs=7) as engine:
         world.check(engine)
 
 
