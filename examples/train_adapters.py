@@ -121,7 +121,14 @@ STYLES = {
         pairs=lambda: fact_pairs(lambda _, sentence: sentence.rstrip(".").upper() + "!"),
         in_style=lambda text: text.isupper() and text.rstrip()[-1:] == "!",
         rule="upper case throughout, ends in !",
-        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        lora={
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": ["o_proj", "down_proj"],
+            "layers_to_transform": list(range(12, 30)),
+        },
+        epochs=10,
+        lr=1e-3,
     ),
     "json": Style(
         pairs=lambda: fact_pairs(lambda _, sentence: json.dumps({"answer": sentence})),

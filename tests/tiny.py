@@ -27,25 +27,28 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_COMMON = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.12,  # at the usual 0.02 attention is nearly uniform and would hide errors
-    bos_token_id=END_OF_TEXT,
-    eos_token_id=IM_END,
-    pad_token_id=END_OF_TEXT,
-)
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,  # at the usual 0.02 attention is nearly uniform and would hide errors
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": IM_END,
+    "pad_token_id": END_OF_TEXT,
+}
 # Grouped heads everywhere; head sizes that are not hidden / heads; odd intermediate sizes; tied heads and free ones.
 _CONFIGS = {
-    "llama": (LlamaConfig, dict(intermediate_size=172, tie_word_embeddings=False)),
-    "qwen2": (Qwen2Config, dict(intermediate_size=148, tie_word_embeddings=True)),
-    "qwen3": (Qwen3Config, dict(intermediate_size=200, head_dim=24, tie_word_embeddings=True)),
-    "mistral": (MistralConfig, dict(intermediate_size=136, sliding_window=None, tie_word_embeddings=False)),
-    "gemma": (GemmaConfig, dict(intermediate_size=180, head_dim=32, num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama": (LlamaConfig, {"intermediate_size": 172, "tie_word_embeddings": False}),
+    "qwen2": (Qwen2Config, {"intermediate_size": 148, "tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"intermediate_size": 200, "head_dim": 24, "tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {"intermediate_size": 136, "sliding_window": None, "tie_word_embeddings": False}),
+    "gemma": (
+        GemmaConfig,
+        {"intermediate_size": 180, "head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
 }
 ARCHITECTURES = tuple(_CONFIGS)
 
@@ -97,7 +100,7 @@ def build_checkpoint(
     folder: Path, arch: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: object
 ) -> Path:
     """Save tiny_model(arch) with tokenizer and chat template as a folder that load_model takes; returns it."""
-    model, config = tiny_model(arch, dtype=dtype, seed=seed, **changes)
+    model, _ = tiny_model(arch, dtype=dtype, seed=seed, **changes)
     model.generation_config = GenerationConfig(
         bos_token_id=END_OF_TEXT, eos_token_id=[IM_END], pad_token_id=END_OF_TEXT
     )

@@ -99,3 +99,7 @@ class ServerConfig:
     """How long running requests may finish after a termination signal."""
     allow_lora_updating: bool = True
     """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter."""
+    access_log: bool = False
+    """Log one line for every request."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""

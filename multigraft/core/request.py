@@ -229,4 +229,6 @@ class Output:
     """The stop string or stop token id that ended it; None for EOS and length."""
     prompt_token_ids: Sequence[int] = ()
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """From arrival to admission; with the first Output of each index only."""
     error: Exception | None = None

@@ -14,7 +14,6 @@ from multigraft.core.config import EngineConfig
 from multigraft.core.errors import (
     ContextLengthExceeded,
     InvalidRequest,
-    ModelNotFound,
     ShuttingDown,
 )
 from multigraft.core.request import AdapterRef, Output, Request, SamplingParams, Scope
@@ -246,20 +245,13 @@ class AsyncEngine:
         self, name: str, path: str, *, scope: Scope | None = None, in_place: bool = False
     ) -> ModelCard:
         store = self.parts.store
-        old = store.current(name)
-        if old is not None and in_place:
-            await asyncio.to_thread(store.reload, name, path, scope=scope)
-            self._core.forget(old)
-        else:
-            await asyncio.to_thread(store.register, name, path, scope=scope, validate=True)
+        known = any(info.name == name for info in store.list())
+        change = store.reload if in_place and known else store.register
+        await asyncio.to_thread(change, name, path, scope, validate=True)
         return next(card for card in self.models() if card.name == name)
 
     async def unload_adapter(self, name: str) -> None:
-        ref = self.parts.store.current(name)
-        if ref is None:
-            raise ModelNotFound(f"The adapter '{name}' cannot be found.")
         self.parts.store.unregister(name)
-        self._core.forget(ref)
 
     # End -------------------------------------------------------------------------------------------------------
 
@@ -269,6 +261,7 @@ class AsyncEngine:
         while self._core.num_live and self._core.healthy and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._core.stop, 30.0)
+        await asyncio.to_thread(self.parts.store.close)
 
 
 def _deliver(outputs: list[tuple[asyncio.Queue[Output], Output]]) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 
 from multigraft.core.batch import AdapterMove, Batch
 from multigraft.core.errors import AdapterError, InvalidRequest, MultigraftError, ShuttingDown
-from multigraft.core.request import AdapterRef, FinishReason, Output, Request, TokenLogprobs
+from multigraft.core.request import FinishReason, Output, Request, TokenLogprobs
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.parts import EngineParts
@@ -310,8 +310,8 @@ class EngineCore:
     # Adapters --------------------------------------------------------------------------------------------------
 
     def _start_load(self, move: AdapterMove) -> None:
-        if move.evicts is not None:
-            self.parts.bank.unload(move.slot)
+        for slot in move.empties:
+            self.parts.bank.unload(slot)
         self.counters.load_started[move.ref.uid] = time.monotonic()
         future = self.parts.store.fetch(move.ref)
         future.add_done_callback(lambda f: self.post(partial(self._to_device, move, f)))
@@ -339,7 +339,3 @@ class EngineCore:
             started = self.counters.load_started.pop(move.ref.uid)
             self.counters.adapter_load_seconds += time.monotonic() - started
         self._copies = pending
-
-    def forget(self, ref: AdapterRef) -> None:
-        """Drop the cached KV of an adapter version that will get no new requests. From any thread."""
-        self.post(partial(self.scheduler.pages.drop, ref.cache_key))

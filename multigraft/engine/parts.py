@@ -98,13 +98,20 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     if config.model.compile:
         _compile_layers(model)
     store = AdapterStore(
-        sites, config.adapters, dtype=loaded.dtype, base_name=loaded.name, pin=loaded.device.type == "cuda"
+        sites,
+        config.adapters,
+        loaded.dtype,
+        base_name=loaded.name,
+        capacity_bytes=bank.capacity_bytes,
+        pin=loaded.device.type == "cuda",
+        base_parameter=lambda path: _attribute(model, path),
     )
     for text in config.adapters.lora_modules:
         module = parse_lora_module(text)
         store.register(module.name, module.path, scope=module.scope)
     if config.adapters.lora_dir is not None:
-        progress(f"{store.register_dir(config.adapters.lora_dir)} adapters registered from {config.adapters.lora_dir}")
+        count = store.register_dir(config.adapters.lora_dir)
+        progress(f"{count} adapters registered from {config.adapters.lora_dir}")
     pages = PagePool(kv.num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
     residency = Residency(max_slots=config.adapters.max_loras, max_bytes=bank.capacity_bytes)
     return EngineParts(
@@ -164,6 +171,12 @@ def _activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     rows = config.scheduler.max_num_batched_tokens * (4 * c.intermediate_size + 8 * c.hidden_size) * 2
     logits = config.scheduler.max_num_seqs * c.vocab_size * 4 * 4
     return rows + logits + GIB
+
+
+def _attribute(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """A parameter by its path in the ungrafted tree; grafted modules show theirs under the same names."""
+    module, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(module), name)
 
 
 def _head_path(model: torch.nn.Module) -> str | None:

@@ -127,8 +127,14 @@ class GraftedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = self.base(ids)
-        self.point.add(y, ids)
-        return y
+        # Gemma's embedding scales its output; peft scales the adapter's share alike.
+        scale = getattr(self.base, "embed_scale", None)
+        if scale is None or not self.point.grafts.active:
+            self.point.add(y, ids)
+            return y
+        delta = torch.zeros_like(y)
+        self.point.add(delta, ids)
+        return y + delta * scale.to(y.dtype)
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

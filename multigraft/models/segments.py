@@ -116,7 +116,8 @@ class CpuGrafts:
         own = rows.ownership.get(pack.pattern)
         if own is None:
             position = {slot: i for i, slot in enumerate(self._packed)}
-            row_adapter = torch.tensor([position[s] for s in rows.narrow_slot.tolist()])
+            # A slot that is not packed has no factors at the head, the only site whose rows may bring such a one.
+            row_adapter = torch.tensor([position.get(s, NO_SLOT) for s in rows.narrow_slot.tolist()])
             own = rows.ownership[pack.pattern] = pack.ownership(row_adapter, dtype)
         return own
 

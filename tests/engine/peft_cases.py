@@ -41,7 +41,7 @@ CASES = (
 """Ranks 3 to 64, every way to name targets, attention, MLP, embedding and head."""
 
 
-def write_adapter(checkpoint: Path, folder: Path, case: Case, *, seed: int, gain: float = 0.25) -> Path:
+def write_adapter(checkpoint: Path, folder: Path, case: Case, *, seed: int, gain: float = 0.7) -> Path:
     """Save an adapter with random factors (both of them: B starts at zero in peft) as peft itself saves it."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.random.fork_rng():

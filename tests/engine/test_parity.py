@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from multigraft import Engine, SamplingParams
 from tests.engine.peft_cases import CASES, reference_tokens, write_adapter
 from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
 
+DEVICE = os.environ.get("MULTIGRAFT_TEST_DEVICE", "cpu")
 NUM_TOKENS = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 NAMES: list[str | None] = [None, *(case.name for case in CASES)]
@@ -47,7 +49,7 @@ class World:
 
     def engine(self, **settings: object) -> Engine:
         defaults = {
-            "device": "cpu",
+            "device": DEVICE,
             "max_loras": len(CASES),
             "lora_modules": tuple(f"{name}={path}" for name, path in self.adapters.items()),
             "kv_cache_gib": 0.01,
@@ -106,7 +108,7 @@ def test_alone_equals_mixed(llama: World) -> None:
 
 @pytest.mark.parametrize("budget", [7, 16, 33])
 def test_chunked_prefill_equals_whole(world: World, budget: int) -> None:
-    with world.engine(max_num_batched_tokens=budget) as engine:
+    with world.engine(max_num_batched_tokens=budget, max_num_seqs=7) as engine:
         world.check(engine)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import ARCHITECTURES, CHAT_TEMPLATE, IM_END, build_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 from transformers import CONFIG_MAPPING
 
 from multigraft.core.config import ModelConfig
 from multigraft.core.errors import ModelNotSupported
 from multigraft.models import gguf
 from multigraft.models.load import LoadedModel, load_model
+from tests.tiny import ARCHITECTURES, CHAT_TEMPLATE, IM_END, build_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 17, 300, 41, 8, 99]])
 
