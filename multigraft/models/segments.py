@@ -116,8 +116,9 @@ class CpuGrafts:
     def _ownership(self, rows: _Rows, pack: RankPack, dtype: torch.dtype) -> Ownership:
         own = rows.ownership.get(pack.pattern)
         if own is None:
-            position = {slot: i for i, slot in enumerate(self._packed)}
-            # A slot that is not packed has no factors at the head, the only site whose rows may bring such a one.
+            # A slot not packed as it is now has no factors at the head, the only site whose rows may bring such a one.
+            current = (self._generations[slot] == self.slots.generation(slot) for slot in self._packed)
+            position = {slot: i for i, (slot, ok) in enumerate(zip(self._packed, current, strict=True)) if ok}
             row_adapter = torch.tensor([position.get(s, NO_SLOT) for s in rows.narrow_slot.tolist()])
             own = rows.ownership[pack.pattern] = pack.ownership(row_adapter, dtype)
         return own
