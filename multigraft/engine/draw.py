@@ -76,7 +76,7 @@ def _rank_cut(w_RV: Tensor, cut_R1: Tensor, top_k: np.ndarray, top_p: np.ndarray
     # The last token kept is the first at which the running mass reaches top_p; an infinite target keeps all.
     share = torch.from_numpy(np.where(top_p < 1.0, top_p, np.inf)).to(w_RV)[:, None]
     mass_R1 = _at_least(w_RV, cut_R1).mul_(w_RV).sum(-1, keepdim=True)
-    last = (largest_RK.cumsum(-1) < share * mass_R1).sum(-1, keepdim=True).clamp_(max=largest_RK.shape[1] - 1)
+    last = torch.searchsorted(largest_RK.cumsum(-1), share * mass_R1).clamp_(max=largest_RK.shape[1] - 1)
     return torch.maximum(cut_R1, largest_RK.gather(1, last))
 
 

@@ -47,7 +47,8 @@ class RankedLogprobs:
 def rank_logprobs(logits: Tensor, tokens: Tensor, k: int) -> RankedLogprobs:
     """logits: (N, V), unprocessed, any float dtype. tokens: (N,) int64 within the vocabulary."""
     step = rows_at_once(logits.shape[1], logits.device)
-    parts = [_rank(logits[i : i + step].float(), tokens[i : i + step, None], k) for i in range(0, len(logits), step)]
+    chunks = zip(torch.split(logits, step), torch.split(tokens[:, None], step), strict=True)
+    parts = [_rank(rows.float(), own, k) for rows, own in chunks]
     token_ids, values, ranks = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return RankedLogprobs(token_ids, values, ranks)
 
@@ -63,7 +64,7 @@ def _rank(logits: Tensor, tokens_N1: Tensor, k: int) -> tuple[Tensor, Tensor, Te
 def prompt_logprobs(logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
     """Log-probabilities of prompt tokens. Row i of `logits` (N, V) is the prediction of targets[i].
 
-    The first token of a prompt has none, so a whole prompt gives rows 0 to N - 2 and targets 1 to N - 1; N >= 1.
+    The first token of a prompt has none, so a whole prompt gives rows 0 to N - 2 and targets 1 to N - 1.
     Raises InvalidLogits when a row has NaN or infinity.
     """
     found = rank_logprobs(logits, targets, k).to_host([k] * len(targets))

@@ -444,6 +444,7 @@ def test_prompt_logprobs_over_several_chunks():
     torch.testing.assert_close(got, want.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-4)
     got = torch.tensor([[t.logprob for t in e.top] for e in found])
     torch.testing.assert_close(got, want.topk(3).values, rtol=1e-4, atol=1e-4)
+    assert prompt_logprobs(logits[:0], targets[:0], 3) == []
     logits[200, 0] = torch.nan
     with pytest.raises(InvalidLogits, match="position 200"):
         prompt_logprobs(logits, targets, 0)
