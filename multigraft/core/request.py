@@ -108,9 +108,7 @@ class SamplingParams:
             f"at most max_tokens ({self.max_tokens})",
         )
         check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        check(
-            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20"
-        )
+        check(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
         check(len(self.stop) <= 16 and all(self.stop), "stop", "at most 16 non-empty strings")
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
 
@@ -130,10 +128,23 @@ class Request:
     """
 
     __slots__ = (
-        "id", "prompt_len", "tokens", "sampling", "adapter", "max_len", "priority",
-        "num_computed", "num_cached", "pages", "finish_reason", "num_preemptions", "page_hashes",
+        "adapter",
+        "arrival",
+        "finish_reason",
+        "id",
+        "max_len",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "page_keys",
+        "pages",
+        "priority",
+        "prompt_len",
+        "sampling",
+        "slot",
+        "tokens",
         "use_prefix_cache",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -156,7 +167,9 @@ class Request:
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens taken from the prefix index at admission
         self.pages: list[int] = []
-        self.page_hashes: list[int] = []  # chained hashes of the full pages; kept by kvcache.pages
+        self.page_keys: list[int] = []  # prefix index entries of its full pages; kept by kvcache.pages
+        self.slot: int | None = None  # device slot of its adapter, while it runs and needs_adapter
+        self.arrival = 0  # order in which scheduling saw it
         self.finish_reason: FinishReason | None = None
         self.num_preemptions = 0
         # Prompt log-probabilities need the logits of every prompt position, so nothing may be skipped.

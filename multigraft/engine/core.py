@@ -299,8 +299,8 @@ class EngineCore:
     # Adapters --------------------------------------------------------------------------------------------------
 
     def _start_load(self, move: AdapterMove) -> None:
-        if move.evicts is not None:
-            self.parts.bank.unload(move.slot)
+        for slot in move.empties:
+            self.parts.bank.unload(slot)
         self.counters.load_started[move.ref.uid] = time.monotonic()
         future = self.parts.store.fetch(move.ref)
         future.add_done_callback(lambda f: self.post(partial(self._to_device, move, f)))
