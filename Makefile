@@ -36,7 +36,7 @@ format: $(VENV)/.installed-dev ## Lay the code out with ruff
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev ## Throughput with and without adapters
-	$(BIN)/python benchmarks/throughput.py $(ARGS)
+	$(BIN)/python -m benchmarks.serve_cpu $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
