@@ -3,9 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from multigraft.core.errors import ModelNotSupported
 from multigraft.models.gguf import convert_gguf, packaged_smollm2
+
+transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

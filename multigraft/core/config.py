@@ -31,6 +31,8 @@ class ModelConfig:
     """Seed of requests that bring none."""
     compile: bool = False
     """Compile the decoder layers with torch.compile: a slower start, faster steps."""
+    attention_backend: Literal["auto", "flashinfer", "sdpa"] = "auto"
+    """Attention library; auto takes FlashInfer on CUDA when it is installed, else PyTorch's own."""
     trust_remote_code: bool = False
     """Let the hub repository's own Python define the model."""
 
@@ -97,3 +99,7 @@ class ServerConfig:
     """How long running requests may finish after a termination signal."""
     allow_lora_updating: bool = True
     """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter."""
+    access_log: bool = False
+    """Log one line for every request."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""

@@ -128,8 +128,19 @@ class Request:
     """
 
     __slots__ = (
-        "id", "prompt_len", "tokens", "sampling", "adapter", "max_len", "priority",
-        "num_computed", "num_cached", "pages", "finish_reason", "num_preemptions", "page_hashes",
+        "adapter",
+        "finish_reason",
+        "id",
+        "max_len",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "page_hashes",
+        "pages",
+        "priority",
+        "prompt_len",
+        "sampling",
+        "tokens",
         "use_prefix_cache",
     )  # fmt: skip
 
@@ -218,4 +229,6 @@ class Output:
     """The stop string or stop token id that ended it; None for EOS and length."""
     prompt_token_ids: Sequence[int] = ()
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """From arrival to admission; with the first Output of each index only."""
     error: Exception | None = None

@@ -5,7 +5,7 @@ Every method that takes user input raises core.errors.MultigraftError subclasses
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,8 +52,21 @@ class EngineStats:
     steps: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the engine settled on at start, where the configuration said "auto"."""
+
+    device: str
+    dtype: str
+    kv_tokens: int
+    """Tokens that the KV pages hold."""
+
+
 class EngineClient(Protocol):
     """One engine behind any number of front ends, on one asyncio loop."""
+
+    @property
+    def info(self) -> EngineInfo: ...
 
     @property
     def model_name(self) -> str:
@@ -71,7 +84,7 @@ class EngineClient(Protocol):
         model: str | None = None,
         request_id: str | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output, None]:
         """Stream the deltas of one prompt; with n > 1 the completions interleave, told apart by `index`.
 
         model: base or adapter name; None is the base. Closing the iterator aborts the request. The first Output

@@ -1,0 +1,96 @@
+"""What the benchmarks share: random adapters in PEFT's format, the measured run, and how results are kept."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from multigraft import Engine, SamplingParams
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def linear_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the seven linears of a Llama-shaped decoder layer, by path inside the layer."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return {
+        "self_attn.q_proj": (hidden, q),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (q, hidden),
+        "mlp.gate_proj": (hidden, mlp),
+        "mlp.up_proj": (hidden, mlp),
+        "mlp.down_proj": (mlp, hidden),
+    }
+
+
+def write_adapter(folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int) -> Path:
+    """A PEFT folder with random factors for every linear of a Llama-shaped model."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for path, (n_in, n_out) in linear_shapes(config).items():
+            key = f"base_model.model.model.layers.{layer}.{path}"
+            for factor, shape in (("lora_A", (rank, n_in)), ("lora_B", (n_out, rank))):
+                tensors[f"{key}.{factor}.weight"] = (torch.randn(shape, generator=generator) * 0.01).bfloat16()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = [path.split(".")[-1] for path in linear_shapes(config)]
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": targets}))
+    return folder
+
+
+def run_offline(
+    engine: Engine, adapters: Sequence[str | None], prompt_len: int, output_len: int, repeats: int, vocab: int
+) -> list[float]:
+    """Seconds of each repeat: one request for each entry of adapters, random prompts, temperature 1, EOS ignored.
+
+    A first, unmeasured round loads the adapters.
+    """
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
+    seconds = []
+    for repeat in range(repeats + 1):
+        prompts = rng.integers(10, vocab, (len(adapters), prompt_len)).tolist()
+        start = time.perf_counter()
+        results = engine.generate(prompts, sampling, adapters)
+        elapsed = time.perf_counter() - start
+        for result in results:
+            assert result.error is None and len(result.completions[0].token_ids) == output_len, result.error
+        if repeat:
+            seconds.append(elapsed)
+    return seconds
+
+
+def finish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], *, save: bool) -> None:
+    """Print the one JSON line that ends a benchmark; with save, append it to results/NAME.jsonl (or to $OUT)."""
+    record = {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **settings,
+        "rows": [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+    }
+    line = json.dumps(record)
+    if save:
+        folder = Path(os.environ.get("OUT", RESULTS))
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write(line + "\n")
+    print(line, flush=True)

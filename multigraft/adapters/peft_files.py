@@ -1,0 +1,222 @@
+"""Reading a PEFT folder: adapter_config.json and adapter_model.safetensors; nothing is ever unpickled.
+
+Our addition to the config: "adapter_scope", "all" (the default) or "prefill".
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from multigraft.core.errors import AdapterError
+from multigraft.core.request import Scope
+
+from .fields import Fields
+from .lora import Lora
+from .plan import Method, Plan, pack
+from .site import PackedAdapter, Site
+
+METHODS: dict[str, type[Method]] = {"LORA": Lora}
+"""Adapter methods by peft_type."""
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_CONFIG_BYTES = 2**22
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of the types a weight may have."""
+
+Fingerprint = tuple[tuple[int, int], ...]
+"""Modification time (ns) and size of each of the two files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """What is known of an adapter without reading its weights."""
+
+    folder: Path
+    scope: Scope
+    plan: Plan
+    base_model: str | None
+    """The base model as the adapter names it: a hint, since the same model has many names."""
+    fingerprint: Fingerprint
+
+    @property
+    def max_rank(self) -> int:
+        return self.plan.max_rank
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Exact size of the packed block."""
+        return self.plan.numel * dtype.itemsize
+
+
+def inspect(folder: str | Path, sites: Sequence[Site], *, max_rank: int) -> AdapterSpec:
+    """Check the config and the tensors' names and shapes; AdapterError says what cannot be used, and why."""
+    folder = Path(folder).expanduser().absolute()
+    with _blame(folder):
+        fingerprint = _fingerprint(folder)
+        fields = Fields(_read_config(folder / CONFIG))
+        fields.ignore("task_type", "inference_mode", "revision", "auto_mapping", "peft_version")
+        base_model = fields.take("base_model_name_or_path")
+        scope = fields.take("adapter_scope", Scope.ALL.value)
+        if scope not in [s.value for s in Scope]:
+            raise AdapterError(f"adapter_scope is {scope!r}; it must be {' or '.join(repr(s.value) for s in Scope)}.")
+        peft_type = fields.take("peft_type")
+        method = METHODS.get(peft_type) if isinstance(peft_type, str) else None
+        if method is None:
+            raise AdapterError(f"peft_type is {peft_type!r}; supported: {', '.join(METHODS)}.")
+        parsed = method.parse(fields)
+        fields.finish()
+        plan = parsed.plan(_read_shapes(folder / WEIGHTS), sites, max_rank=max_rank)
+        return AdapterSpec(folder=folder, scope=Scope(scope), plan=plan, base_model=base_model, fingerprint=fingerprint)
+
+
+def read(
+    spec: AdapterSpec,
+    dtype: torch.dtype,
+    *,
+    pin: bool = False,
+    base_parameter: Callable[[str], torch.Tensor] | None = None,
+) -> PackedAdapter:
+    """Read the weights of an inspected adapter.
+
+    base_parameter: finds a parameter of the base model by its path; with it, base weights that the file carries along
+    are compared with the model's own. AdapterError when they differ, when a weight is not finite, or when the files
+    changed since they were inspected.
+    """
+    with _blame(spec.folder):
+        _check_unchanged(spec)
+        try:
+            with TensorFile(spec.folder / WEIGHTS) as tensors:
+                packed = pack(spec.plan, tensors.read, dtype, pin=pin)
+                if base_parameter is not None:
+                    for copy in spec.plan.base_copies:
+                        _check_base_copy(copy.key, tensors.read(copy.key), base_parameter(copy.parameter))
+        except (AdapterError, ValueError, KeyError):
+            _check_unchanged(spec)  # the likelier cause, when another file was put in its place meanwhile
+            raise
+        _check_unchanged(spec)
+        return packed
+
+
+class TensorFile:
+    """Reads tensors of a safetensors file that `inspect` has validated.
+
+    With read(2) into buffers of our own: pages of a mapped file that somebody overwrites kill the process (SIGBUS), and
+    safetensors.torch.load holds the GIL, 30 ms for 60 MB, while requests of other adapters want to run.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb", buffering=0)
+        header_len = int.from_bytes(self._file.read(8), "little")
+        self._header = json.loads(self._file.read(header_len))
+        self._data = 8 + header_len
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def read(self, key: str) -> torch.Tensor:
+        entry = self._header[key]
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        buffer = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        self._file.seek(self._data + entry["data_offsets"][0])
+        while buffer:
+            count = self._file.readinto(buffer)
+            if not count:
+                raise AdapterError(f"`{key}` is cut off.")
+            buffer = buffer[count:]
+        return tensor
+
+
+def _check_base_copy(key: str, copy: torch.Tensor, own: torch.Tensor) -> None:
+    """Equal up to rounding: compared in the coarser of the two types."""
+    coarse = min(copy.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    own = own.detach().to("cpu")
+    if copy.shape != own.shape:
+        raise AdapterError(
+            f"`{key}` has shape {list(copy.shape)}, the base model's has {list(own.shape)}: "
+            "the adapter was made for another base model, or its vocabulary was resized."
+        )
+    if not torch.equal(copy.to(coarse), own.to(coarse)):
+        raise AdapterError(f"`{key}` differs from the base model's own weight: the adapter was made for another one.")
+
+
+@contextmanager
+def _blame(folder: Path) -> Iterator[None]:
+    """Say which adapter an error is about."""
+    try:
+        yield
+    except AdapterError as e:
+        raise AdapterError(f"Adapter at {folder}: {e.message}") from e
+    except OSError as e:
+        raise AdapterError(f"Adapter at {folder}: cannot read {e.filename or 'its files'}: {e.strerror}.") from e
+
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    return tuple((s.st_mtime_ns, s.st_size) for s in (_stat(folder, CONFIG), _stat(folder, WEIGHTS)))
+
+
+def _stat(folder: Path, name: str) -> Any:
+    try:
+        found = (folder / name).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in the path
+        raise AdapterError(_explain_missing(folder, name)) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise AdapterError(f"{name} is not a regular file.")
+    return found
+
+
+def _explain_missing(folder: Path, name: str) -> str:
+    if "\0" in str(folder) or not folder.is_dir():
+        return "there is no such folder."
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if name == WEIGHTS and pickles:
+        return (
+            f"{pickles[0]} is a pickle, which can run code when it is read. Convert it to {WEIGHTS} "
+            "(load it with PEFT on a machine you trust, then save_pretrained)."
+        )
+    return f"{name} is missing."
+
+
+def _check_unchanged(spec: AdapterSpec) -> None:
+    if _fingerprint(spec.folder) != spec.fingerprint:
+        raise AdapterError("its files changed on disk since it was registered; reload it to serve the new ones.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{CONFIG} has {size} bytes, over the limit of {MAX_CONFIG_BYTES}.")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:  # ValueError: bad JSON or bad UTF-8
+        raise AdapterError(f"{CONFIG} is not JSON: {e}.") from e
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{CONFIG} must hold a JSON object, not {type(raw).__name__}.")
+    return raw
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, from the header alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                entry = file.get_slice(key)
+                if entry.get_dtype() not in DTYPES:
+                    raise AdapterError(f"`{key}` is of type {entry.get_dtype()}; supported: {', '.join(DTYPES)}.")
+                shapes[key] = tuple(entry.get_shape())
+    except SafetensorError as e:
+        raise AdapterError(f"{WEIGHTS} is truncated or not a safetensors file: {e}.") from e
+    return shapes

@@ -1,0 +1,29 @@
+"""The `multigraft` command. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import typer
+
+from multigraft import __version__
+
+from .serve import register
+
+app = typer.Typer(
+    name="multigraft",
+    help="Hundreds of LoRA adapters on one base model, served together.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+register(app)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+if __name__ == "__main__":
+    app()

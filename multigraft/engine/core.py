@@ -1,0 +1,341 @@
+"""The engine's loop: ask scheduling for a batch, run it, sample, hand the results out.
+
+One thread owns everything mutable here. Other threads talk to it by `post` (a function that runs between two steps)
+and hear from it through each submission's sink.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+
+from multigraft.core.batch import AdapterMove, Batch
+from multigraft.core.errors import AdapterError, InvalidRequest, MultigraftError, ShuttingDown
+from multigraft.core.request import FinishReason, Output, Request, TokenLogprobs
+from multigraft.engine.client import EngineStats
+from multigraft.engine.detokenize import Detokenizer, check_stop
+from multigraft.engine.parts import EngineParts
+from multigraft.engine.logprobs import prompt_logprobs
+from multigraft.engine.sampler import Sampled
+from multigraft.engine.structured import Matcher, token_masks
+
+log = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_FAILURES = 3
+"""A step that raises fails its own requests; so many in a row mean that the engine itself is broken."""
+
+Sink = Callable[[Output], None]
+
+
+@dataclass(slots=True)
+class Submission:
+    """A request with what the engine needs beyond scheduling: where its output goes and how it is decoded."""
+
+    request: Request
+    sink: Sink
+    index: int = 0
+    detokenizer: Detokenizer | None = None
+    """None: the engine has no tokenizer, outputs are token ids only."""
+    matcher: Matcher | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    admitted: bool = False
+    """Whether the sampler knows it."""
+    announced: bool = False
+    """Whether an Output with the prompt's data went out."""
+
+
+@dataclass(slots=True)
+class Counters:
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    adapter_loads: int = 0
+    adapter_load_seconds: float = 0.0
+    steps: int = 0
+    load_started: dict[int, float] = field(default_factory=dict)
+
+
+class EngineCore:
+    """Runs `parts` on a thread of its own from `start()` to `stop()`.
+
+    step_end: called on the engine's thread after each step in which a sink was given something.
+    """
+
+    def __init__(self, parts: EngineParts, step_end: Callable[[], None] | None = None):
+        self.parts = parts
+        self.scheduler = parts.scheduler
+        self.step_end = step_end
+        self.counters = Counters()
+        self.error: BaseException | None = None
+        self._live: dict[str, Submission] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._copies: list[tuple[AdapterMove, object]] = []
+        self._failures = 0
+        self._emitted = False
+        self._thread = threading.Thread(target=self._run, name="multigraft-engine", daemon=True)
+
+    # From any thread -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run `function` on the engine's thread, soon."""
+        self._inbox.append(function)
+        self._wake.set()
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a request whose adapter, if any, was acquired from the store; its last Output has a finish_reason."""
+        if self.error is not None or self._stopping:
+            if submission.request.adapter is not None:
+                self.parts.store.release(submission.request.adapter)
+            raise ShuttingDown("The engine has stopped and takes no requests.")
+        self.post(partial(self._add, submission))
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request if it still runs; its sink gets an Output with FinishReason.ABORT."""
+        self.post(partial(self._abort, request_id))
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Abort what runs and end the thread."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    @property
+    def num_live(self) -> int:
+        """Requests submitted and not yet finished."""
+        return len(self._live) + len(self._inbox)
+
+    @property
+    def healthy(self) -> bool:
+        return self.error is None and self._thread.is_alive()
+
+    def stats(self) -> EngineStats:
+        s, c = self.scheduler, self.counters
+        return EngineStats(
+            num_running=s.num_running,
+            num_waiting=s.num_waiting,
+            kv_cache_usage=s.pages.usage,
+            prompt_tokens=c.prompt_tokens,
+            generation_tokens=c.generation_tokens,
+            preemptions=s.num_preemptions,
+            prefix_cache_queries=s.pages.num_queries,
+            prefix_cache_hits=s.pages.num_hits,
+            max_loras=self.parts.config.adapters.max_loras,
+            running_adapters=tuple(s.running_adapters),
+            waiting_adapters=tuple(s.waiting_adapters),
+            slots_used=s.residency.num_used,
+            adapter_loads=c.adapter_loads,
+            adapter_load_seconds=c.adapter_load_seconds,
+            steps=c.steps,
+        )
+
+    # On the engine's thread ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                while self._inbox:
+                    self._inbox.popleft()()
+                self._finish_copies()
+                batch = self.scheduler.schedule()
+                for move in batch.loads:
+                    self._start_load(move)
+                if batch:
+                    self._guarded_step(batch)
+                self._flush()
+                if not batch:
+                    self._wake.wait(0.001 if self._copies else 1.0)
+        except BaseException as error:
+            self.error = error
+            log.exception("The engine has died")
+        finally:
+            for submission in list(self._live.values()):
+                self._end(submission, FinishReason.ABORT, error=ShuttingDown("The engine has stopped."))
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._emitted and self.step_end is not None:
+            self.step_end()
+        self._emitted = False
+
+    def _guarded_step(self, batch: Batch) -> None:
+        try:
+            self._step(batch)
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            log.exception("A step failed; its %d requests fail with it", len(batch.spans))
+            if self._failures >= MAX_CONSECUTIVE_FAILURES:
+                raise
+            for span in batch.spans:
+                if span.request.id in self._live:
+                    self._end(self._live[span.request.id], FinishReason.ERROR, error=error)
+
+    def _step(self, batch: Batch) -> None:
+        parts = self.parts
+        output = parts.runner.execute(batch)
+        spans = [span for span in batch.spans if span.samples]
+        live = [self._live[span.request.id] for span in spans]
+        results = parts.sampler.sample(
+            output.logits[: output.num_sampled],
+            [span.request for span in spans],
+            token_masks([s.matcher for s in live]),
+        )
+        row = output.num_sampled
+        for i, first, num in output.scored:
+            self._score_prompt(batch.spans[i].request, output.logits[row : row + num], first)
+            row += num
+        tokens = {s.request.id: r.token for s, r in zip(live, results, strict=True) if isinstance(r, Sampled)}
+        self.scheduler.commit(batch, tokens)
+        self.counters.steps += 1
+        for submission, result in zip(live, results, strict=True):
+            if isinstance(result, Sampled):
+                self._advance(submission, result)
+            else:
+                self._end(submission, FinishReason.ERROR, error=result)
+
+    def _score_prompt(self, request: Request, logits: object, first: int) -> None:
+        submission = self._live[request.id]
+        k = request.sampling.prompt_logprobs
+        assert k is not None
+        if submission.prompt_logprobs is None:
+            submission.prompt_logprobs = [None]
+        known = submission.prompt_logprobs
+        if first + 1 < len(known):  # replayed after a preemption
+            logits, first = logits[len(known) - 1 - first :], len(known) - 1  # type: ignore[index]
+        targets = request.tokens[first + 1 : first + 1 + len(logits)]  # type: ignore[arg-type]
+        known += prompt_logprobs(logits, targets, k)
+
+    def _advance(self, submission: Submission, sampled: Sampled) -> None:
+        """Give a new token to its reader, and end the request if the token ends it."""
+        request = submission.request
+        sampling = request.sampling
+        self.counters.generation_tokens += 1
+        reason, stop = check_stop(request, sampled.token, self.parts.eos_token_ids)
+        if submission.matcher is not None and reason is None:
+            try:
+                submission.matcher.advance(sampled.token)
+            except InvalidRequest as error:
+                self._end(submission, FinishReason.ERROR, error=error)
+                return
+            if submission.matcher.finished:
+                reason = FinishReason.STOP
+        text = ""
+        detokenizer = submission.detokenizer
+        if detokenizer is not None:
+            ends = reason is FinishReason.STOP and (stop is not None or sampled.token in self.parts.eos_token_ids)
+            if not ends or sampling.include_stop_str_in_output:
+                text, stop_string = detokenizer.push([sampled.token])
+                if stop_string is not None:
+                    reason, stop = FinishReason.STOP, stop_string
+            if reason is not None and not isinstance(stop, str):
+                text += detokenizer.flush()
+        output = self._output(submission)
+        output.text = text
+        output.token_ids = [sampled.token]
+        if sampling.logprobs is not None and sampled.logprobs is not None:
+            output.logprobs = [sampled.logprobs]
+        if reason is None:
+            self._emit(submission, output)
+        else:
+            output.stop_reason = stop
+            self._end(submission, reason, output)
+
+    def _output(self, submission: Submission) -> Output:
+        request = submission.request
+        output = Output(request_id=request.id, index=submission.index)
+        if not submission.announced:
+            submission.announced = True
+            self.counters.prompt_tokens += request.prompt_len
+            output.prompt_token_ids = request.tokens[: request.prompt_len]
+            output.num_cached_tokens = request.num_cached
+            output.prompt_logprobs = submission.prompt_logprobs
+            if request.sampling.prompt_logprobs is not None and output.prompt_logprobs is None:
+                output.prompt_logprobs = [None]
+        return output
+
+    def _emit(self, submission: Submission, output: Output) -> None:
+        self._emitted = True
+        submission.sink(output)
+
+    def _end(
+        self,
+        submission: Submission,
+        reason: FinishReason,
+        output: Output | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        """Free what a request holds and send its last Output."""
+        request = submission.request
+        output = output or Output(request_id=request.id, index=submission.index)
+        output.finish_reason = reason
+        output.error = error
+        del self._live[request.id]
+        if submission.admitted:
+            self.parts.sampler.release(request)
+        if request.finish_reason is None:
+            self.scheduler.finish(request, reason)
+        if request.adapter is not None:
+            self.parts.store.release(request.adapter)
+        self._emit(submission, output)
+
+    def _add(self, submission: Submission) -> None:
+        request = submission.request
+        self._live[request.id] = submission
+        try:
+            self.parts.sampler.admit(request)
+            submission.admitted = True
+            self.scheduler.add(request)
+        except MultigraftError as error:
+            request.finish_reason = FinishReason.ERROR
+            self._end(submission, FinishReason.ERROR, error=error)
+
+    def _abort(self, request_id: str) -> None:
+        submission = self._live.get(request_id)
+        if submission is not None:
+            self.scheduler.abort(request_id)
+            self._end(submission, FinishReason.ABORT)
+
+    # Adapters --------------------------------------------------------------------------------------------------
+
+    def _start_load(self, move: AdapterMove) -> None:
+        for slot in move.empties:
+            self.parts.bank.unload(slot)
+        self.counters.load_started[move.ref.uid] = time.monotonic()
+        future = self.parts.store.fetch(move.ref)
+        future.add_done_callback(lambda f: self.post(partial(self._to_device, move, f)))
+
+    def _to_device(self, move: AdapterMove, fetched: Future) -> None:  # type: ignore[type-arg]
+        error = fetched.exception()
+        if error is None:
+            self._copies.append((move, self.parts.bank.load(move.slot, fetched.result())))
+            return
+        if not isinstance(error, MultigraftError):
+            log.error("Adapter %s failed to load", move.ref.name, exc_info=error)
+            error = AdapterError(f"Adapter {move.ref.name!r} could not be read: {error}")
+        self.counters.load_started.pop(move.ref.uid, None)
+        for request in self.scheduler.adapter_failed(move.ref.uid):
+            self._end(self._live[request.id], FinishReason.ERROR, error=error)
+
+    def _finish_copies(self) -> None:
+        pending = []
+        for move, copy in self._copies:
+            if not copy.ready():  # type: ignore[attr-defined]
+                pending.append((move, copy))
+                continue
+            self.scheduler.adapter_loaded(move.ref.uid)
+            self.counters.adapter_loads += 1
+            started = self.counters.load_started.pop(move.ref.uid)
+            self.counters.adapter_load_seconds += time.monotonic() - started
+        self._copies = pending

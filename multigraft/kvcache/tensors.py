@@ -1,0 +1,50 @@
+"""The KV pages of every layer in device memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from multigraft.core.batch import Batch
+
+
+class PagedKV:
+    """k and v: (layers, pages, page_size, key/value heads, head size), zeroed at the start."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.nbytes = 2 * self.k.numel() * self.k.element_size()
+
+    def rows_of(self, batch: Batch) -> torch.Tensor:
+        """(T,) where each row's key and value go, as page * page_size + offset, on the device."""
+        p = self.page_size
+        rows = np.empty(batch.num_tokens, dtype=np.int64)
+        row = 0
+        for span in batch.spans:
+            pages, end = span.request.pages, row + span.length
+            if span.length == 1:
+                rows[row] = pages[span.start // p] * p + span.start % p
+            else:
+                positions = np.arange(span.start, span.stop)
+                rows[row:end] = np.asarray(pages)[positions // p] * p + positions % p
+            row = end
+        return torch.from_numpy(rows).to(self.k.device)
+
+    def write(self, layer: int, rows: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
+        """Store the step's keys and values at `rows_of` its batch."""
+        self.k[layer].flatten(0, 1).index_copy_(0, rows, k_TKD)
+        self.v[layer].flatten(0, 1).index_copy_(0, rows, v_TKD)

@@ -1,0 +1,102 @@
+"""Attention over the paged KV cache: one small interface, one function registered with transformers.
+
+Shapes: T rows of the step, H query heads, K key/value heads, D head size, P page size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from multigraft.core.batch import Batch
+from multigraft.core.errors import ModelNotSupported
+from multigraft.kernels import handles
+
+IMPLEMENTATION = "multigraft"
+"""Name under which transformers' attention modules find `_attend`."""
+
+_CHANGES_THE_MATHS = ("s_aux", "position_bias", "head_mask", "indices")
+"""Arguments of other models' attention functions that no backend here implements."""
+
+
+class AttentionBackend(Protocol):
+    """Writes the step's keys and values to the KV pages and attends over each request's own."""
+
+    def begin(self, batch: Batch) -> None:
+        """Prepare for one step; spans in row order, their requests' `pages` covering every position."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Outputs (T, H, D). window: keys at most window - 1 positions back; softcap: bound of the scores."""
+        ...
+
+
+@torch.library.custom_op("multigraft::attend", mutates_args=())
+def _attend_op(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    handle: int,
+    layer: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    return handles.lookup(handle).attend(layer, q_THD, k_TKD, v_TKD, scaling, window, softcap)
+
+
+@_attend_op.register_fake
+def _(q_THD, k_TKD, v_TKD, handle, layer, scaling, window, softcap):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (1, H, T, D) in, (1, T, H, D) out."""
+    for name in _CHANGES_THE_MATHS:
+        if kwargs.get(name) is not None:
+            raise ModelNotSupported(f"{type(module).__name__} passes {name!r} to attention, which is not implemented.")
+    backend: AttentionBackend = module.multigraft_attention  # type: ignore[assignment]
+    handle: int = module.multigraft_handle  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if torch.compiler.is_compiling():
+        out = _attend_op(q, k, v, handle, layer, scaling, sliding_window, softcap)
+    else:
+        out = backend.attend(layer, q, k, v, scaling, sliding_window, softcap)
+    return out[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+def attach(model: nn.Module, backend: AttentionBackend) -> None:
+    """Make every attention module of a model loaded with IMPLEMENTATION use `backend`."""
+    handle = handles.register(backend)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            object.__setattr__(module, "multigraft_attention", backend)
+            module.multigraft_handle = handle  # type: ignore[assignment]

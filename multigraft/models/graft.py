@@ -1,0 +1,194 @@
+"""Grafts adapters onto a transformers model: finds its sites, fuses sibling linears, adds the adapters' outputs.
+
+The base weights keep their values; siblings (q/k/v, gate/up) are laid into one matrix so that one GEMM, and one
+adapter operation, serves all of them. A module of the tree is replaced by a `GraftedLinear` that hands out its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from multigraft.adapters.site import Site, SiteKind
+from multigraft.core.errors import ModelNotSupported
+from multigraft.kernels import handles
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of linears that read the same input in transformers' decoder layers."""
+
+
+class Grafts(Protocol):
+    """What a grafted module asks during a forward pass."""
+
+    active: bool
+    """Whether any row of this step is adapted."""
+
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place."""
+        ...
+
+
+@torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
+def _graft_op(y: torch.Tensor, x: torch.Tensor, handle: int, site: int) -> None:
+    handles.lookup(handle).add(site, y, x)
+
+
+class GraftPoint:
+    """Links a site of the tree to the engine's grafts; does nothing, at no cost, in a step without adapters."""
+
+    def __init__(self, site: Site, grafts: Grafts, handle: int):
+        self.site = site.index
+        self.grafts = grafts
+        self.handle = handle
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        if not self.grafts.active:
+            return
+        y, x = y.flatten(0, -2), (x.flatten(0, -2) if x.is_floating_point() else x.flatten())
+        if torch.compiler.is_compiling():
+            _graft_op(y, x, self.handle, self.site)
+        else:
+            self.grafts.add(self.site, y, x)
+
+
+class SiblingLinears(nn.Module):
+    """Linears that read the same input, as one: the first one asked computes for all of them."""
+
+    def __init__(self, linears: Sequence[nn.Linear], point: GraftPoint):
+        super().__init__()
+        self.weight = nn.Parameter(_cat([linear.weight for linear in linears]), requires_grad=False)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.bias = nn.Parameter(_cat(biases), requires_grad=False) if biases else None
+        self.out_features = [linear.out_features for linear in linears]
+        self.point = point
+        self._input: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []
+
+    def part(self, x: torch.Tensor, member: int) -> torch.Tensor:
+        """Output of one member for x (..., in)."""
+        if self._input is not x:
+            y = F.linear(x, self.weight, self.bias)
+            self.point.add(y, x)
+            if len(self.out_features) == 1:
+                return y
+            self._input, self._parts = x, list(y.split(self.out_features, dim=-1))
+        out = self._parts[member]
+        assert out is not None, "a sibling was asked twice for the same input"
+        self._parts[member] = None
+        if all(p is None for p in self._parts):
+            self._input, self._parts = None, []  # keep no activation alive into the next layer
+        return out
+
+
+class GraftedLinear(nn.Module):
+    """Stands where an nn.Linear stood; `weight` and `bias` are its part of the fused ones."""
+
+    def __init__(self, siblings: SiblingLinears, member: int, owner: bool):
+        super().__init__()
+        if owner:
+            self.siblings = siblings
+        else:
+            object.__setattr__(self, "siblings", siblings)  # a plain reference: the owner holds the weights
+        self.member = member
+        self.in_features = siblings.weight.shape[1]
+        self.out_features = siblings.out_features[member]
+
+    def _slice(self) -> slice:
+        first = sum(self.siblings.out_features[: self.member])
+        return slice(first, first + self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.siblings.weight[self._slice()]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return None if self.siblings.bias is None else self.siblings.bias[self._slice()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.siblings.part(x, self.member)
+
+
+class GraftedEmbedding(nn.Module):
+    """Stands where the token embedding stood."""
+
+    def __init__(self, base: nn.Embedding, point: GraftPoint):
+        super().__init__()
+        self.base = base
+        self.point = point
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base(ids)
+        # Gemma's embedding scales its output; peft scales the adapter's share alike.
+        scale = getattr(self.base, "embed_scale", None)
+        if scale is None or not self.point.grafts.active:
+            self.point.add(y, ids)
+            return y
+        delta = torch.zeros_like(y)
+        self.point.add(delta, ids)
+        return y + delta * scale.to(y.dtype)
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].detach() if len(tensors) == 1 else torch.cat([t.detach() for t in tensors])
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every nn.Linear and the input embedding of a decoder, siblings together, in the order of the module tree."""
+    embedding = model.get_input_embeddings()
+    sites: list[Site] = []
+    grouped: set[str] = set()
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if module is embedding and isinstance(module, nn.Embedding):
+            shape = (module.num_embeddings, (module.embedding_dim,))
+            sites.append(Site(len(sites), SiteKind.EMBEDDING, (path,), *shape))
+        elif isinstance(module, nn.Linear) and path not in grouped:
+            members = _siblings(path, modules)
+            grouped.update(members)
+            outs = tuple(modules[p].out_features for p in members)
+            sites.append(Site(len(sites), SiteKind.LINEAR, members, module.in_features, outs))
+    if not any(s.kind is SiteKind.LINEAR for s in sites):
+        raise ModelNotSupported(f"{type(model).__name__} has no nn.Linear that an adapter could be grafted on.")
+    return sites
+
+
+def _siblings(path: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    parent, _, name = path.rpartition(".")
+    first = modules[path]
+    assert isinstance(first, nn.Linear)
+    for names in SIBLINGS:
+        paths = tuple(f"{parent}.{n}" for n in names)
+        linears = [modules.get(p) for p in paths]
+        if name in names and all(
+            isinstance(m, nn.Linear) and m.in_features == first.in_features and (m.bias is None) == (first.bias is None)
+            for m in linears
+        ):
+            return paths
+    return (path,)
+
+
+def graft(model: nn.Module, sites: Iterable[Site], grafts: Grafts) -> None:
+    """Replace the sites' modules in the tree, in place. `grafts` is asked at each of them from then on.
+
+    Note that a tied output head keeps sharing its weight with the embedding.
+    """
+    handle = handles.register(grafts)
+    for site in sites:
+        point = GraftPoint(site, grafts, handle)
+        modules = [model.get_submodule(p) for p in site.members]
+        if site.kind is SiteKind.EMBEDDING:
+            model.set_submodule(site.members[0], GraftedEmbedding(modules[0], point))
+            continue
+        siblings = SiblingLinears(modules, point)
+        for member, path in enumerate(site.members):
+            model.set_submodule(path, GraftedLinear(siblings, member, owner=member == 0))
+        del modules

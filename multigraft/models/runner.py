@@ -1,0 +1,73 @@
+"""Runs one batch through the grafted model: rows in, logits of the sampled rows out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from multigraft.core.batch import Batch
+from multigraft.models.attention import AttentionBackend
+from multigraft.models.segments import NO_SLOT, CpuGrafts, CudaGrafts
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """logits: (N, vocab), the rows that sample first, in span order; then the rows that only score the prompt."""
+
+    logits: torch.Tensor
+    num_sampled: int
+    """Rows that yield a token: one for each span with `samples`, in span order."""
+    scored: list[tuple[int, int, int]]
+    """(span index, first position, number of rows): prompt rows asked for their log-probabilities, in order."""
+
+
+class Runner:
+    def __init__(
+        self, model: nn.Module, attention: AttentionBackend, grafts: CpuGrafts | CudaGrafts, device: torch.device
+    ):
+        self.model = model
+        self.attention = attention
+        self.grafts = grafts
+        self.device = device
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> StepOutput:
+        """One forward pass over every span; KV of all rows is written to their requests' pages."""
+        num_rows = batch.num_tokens
+        ids = np.empty(num_rows, dtype=np.int64)
+        positions = np.empty(num_rows, dtype=np.int64)
+        row_slot = np.full(num_rows, NO_SLOT, dtype=np.int32)
+        sampled: list[int] = []
+        scored_rows: list[int] = []
+        scored: list[tuple[int, int, int]] = []
+        row = 0
+        for i, span in enumerate(batch.spans):
+            request, end = span.request, row + span.length
+            if span.length == 1:
+                ids[row], positions[row] = request.tokens[span.start], span.start
+            else:
+                ids[row:end] = request.tokens[span.start : span.stop]
+                positions[row:end] = np.arange(span.start, span.stop)
+            if span.slot is not None:
+                for lo, hi in span.segments():
+                    row_slot[row + lo : row + hi] = span.slot
+            if span.samples:
+                sampled.append(end - 1)
+            if request.sampling.prompt_logprobs is not None and span.start < request.prompt_len - 1:
+                num = min(span.stop, request.prompt_len - 1) - span.start
+                scored.append((i, span.start, num))
+                scored_rows += range(row, row + num)
+            row = end
+        head_rows = np.array(sampled + scored_rows, dtype=np.int64)
+        self.attention.begin(batch)
+        self.grafts.begin(row_slot, head_rows)
+        logits = self.model(
+            input_ids=torch.from_numpy(ids)[None].to(self.device),
+            position_ids=torch.from_numpy(positions)[None].to(self.device),
+            use_cache=False,
+            logits_to_keep=torch.from_numpy(head_rows).to(self.device),
+        ).logits[0]
+        return StepOutput(logits=logits, num_sampled=len(sampled), scored=scored)

@@ -1,0 +1,193 @@
+"""The adapter side of one step: which rows belong to which slot, applied at every site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from multigraft.adapters.bank import Bank
+from multigraft.adapters.site import Site, SiteKind
+from multigraft.kernels.lora import segmented_lora_
+from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_segment
+from multigraft.kernels.tiles import build_tiles, choose_block_m
+
+NO_SLOT = -1
+
+
+class Slots(Protocol):
+    """What the grafts need of the adapter bank."""
+
+    def factors(self, site: int, slot: int) -> Factors | None:
+        """The slot's factors at a site, None when its adapter does not act there."""
+        ...
+
+    def generation(self, slot: int) -> int:
+        """Grows whenever another adapter is put into the slot."""
+        ...
+
+
+class _Rows:
+    """Rows of one token axis, cut into wide segments and the narrow rest.
+
+    row_slot: (rows,) device slot of each row, NO_SLOT where nothing acts.
+    """
+
+    def __init__(self, row_slot: np.ndarray):
+        self.segments = cut_segments(row_slot)
+        self.wide = [s for s in self.segments if s[1] - s[0] >= WIDE_ROWS]
+        narrow = [np.arange(a, b) for a, b, _ in self.segments if b - a < WIDE_ROWS]
+        rows = np.concatenate(narrow) if narrow else np.empty(0, dtype=np.int64)
+        self.narrow_slot = row_slot[rows]
+        contiguous = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+        self.narrow: slice | torch.Tensor = (
+            slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else torch.from_numpy(rows)
+        )
+        self.slots = sorted(set(self.narrow_slot.tolist()))
+        self.ownership: dict[tuple[object, ...], Ownership] = {}
+
+
+class CpuGrafts:
+    """Applies the bank's adapters on the CPU; implements models.graft.Grafts.
+
+    Decode keeps the same adapters for many steps, so the packs of the last step are kept, and serve while the
+    adapters in use are among them and make up at least half of them.
+    """
+
+    def __init__(self, sites: Sequence[Site], slots: Slots, head: str | None):
+        """head: module path of the output head, which sees the sampled rows only."""
+        self.sites = list(sites)
+        self.slots = slots
+        self.head_sites = {s.index for s in sites if head in s.members}
+        self.active = False
+        self._rows: _Rows | None = None
+        self._head_rows: _Rows | None = None
+        self._packed: list[int] = []
+        self._generations: dict[int, int] = {}
+        self._packs: dict[int, RankPack | None] = {}
+
+    def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
+        """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
+        self.active = bool((row_slot != NO_SLOT).any())
+        if not self.active:
+            return
+        self._rows = _Rows(row_slot)
+        self._head_rows = _Rows(row_slot[head_rows]) if len(head_rows) else None
+        used = set(self._rows.slots)
+        if self._head_rows:  # a wide segment of the step is a single row at the head
+            used |= {s for s in self._head_rows.slots for h in self.head_sites if self.slots.factors(h, s)}
+        current = {slot: self.slots.generation(slot) for slot in used}
+        if any(self._generations.get(s) != g for s, g in current.items()) or len(self._packed) > 2 * len(used):
+            self._packed, self._generations, self._packs = sorted(used), current, {}
+
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        rows = self._head_rows if site in self.head_sites else self._rows
+        assert rows is not None
+        where = self.sites[site]
+        if where.kind is SiteKind.EMBEDDING:
+            add_embedding(self.slots, site, y, x, rows.segments)
+            return
+        for start, stop, slot in rows.wide:
+            factors = self.slots.factors(site, slot)
+            if factors is not None:
+                add_segment(y[start:stop], x[start:stop], factors)
+        if not rows.slots:
+            return
+        pack = self._pack(site)
+        if pack is None:
+            return
+        own = self._ownership(rows, pack, y.dtype)
+        if isinstance(rows.narrow, slice):
+            pack.add(y[rows.narrow], x[rows.narrow], own, where.out_features)
+        else:
+            part = y[rows.narrow]
+            pack.add(part, x[rows.narrow], own, where.out_features)
+            y[rows.narrow] = part
+
+    def _pack(self, site: int) -> RankPack | None:
+        if site not in self._packs:
+            factors = [self.slots.factors(site, slot) for slot in self._packed]
+            self._packs[site] = RankPack.build(factors, len(self.sites[site].members))
+        return self._packs[site]
+
+    def _ownership(self, rows: _Rows, pack: RankPack, dtype: torch.dtype) -> Ownership:
+        own = rows.ownership.get(pack.pattern)
+        if own is None:
+            position = {slot: i for i, slot in enumerate(self._packed)}
+            # A slot that is not packed has no factors at the head, the only site whose rows may bring such a one.
+            row_adapter = torch.tensor([position.get(s, NO_SLOT) for s in rows.narrow_slot.tolist()])
+            own = rows.ownership[pack.pattern] = pack.ownership(row_adapter, dtype)
+        return own
+
+
+class CudaGrafts:
+    """Applies the bank's adapters with the segmented kernels; implements models.graft.Grafts.
+
+    The tile tables of a step are built on the host and copied once; the kernels read them on the device.
+    """
+
+    def __init__(self, sites: Sequence[Site], bank: Bank, head: str | None, max_rank: int):
+        """head: module path of the output head, which sees the sampled rows only. max_rank: of any adapter."""
+        self.sites = list(sites)
+        self.bank = bank
+        self.head_sites = {s.index for s in sites if head in s.members}
+        self.max_rank = max_rank
+        self.active = False
+        self._body: _Tiles | None = None
+        self._head: _Tiles | None = None
+
+    def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
+        """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
+        self.active = bool((row_slot != NO_SLOT).any())
+        if self.active:
+            self._body = _Tiles(row_slot, self.bank.device)
+            self._head = _Tiles(row_slot[head_rows], self.bank.device)
+
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        tiles = self._head if site in self.head_sites else self._body
+        where, bank = self.sites[site], self.bank
+        assert tiles is not None
+        if where.kind is SiteKind.EMBEDDING:
+            add_embedding(bank, site, y, x, tiles.segments)
+        elif tiles.segments and bank.entries(site):
+            members = len(where.members)
+            segmented_lora_(
+                y,
+                x,
+                bank.arena,
+                bank.table[site, :, :members],
+                bank.scales[site, :, :members],
+                tiles.table,
+                where.out_features,
+                tiles.block_m,
+                self.max_rank,
+            )
+
+
+class _Tiles:
+    def __init__(self, row_slot: np.ndarray, device: torch.device):
+        self.segments = cut_segments(row_slot)
+        bounds = torch.tensor([s[:2] for s in self.segments], dtype=torch.int32).view(-1, 2)
+        slots = torch.tensor([s[2] for s in self.segments], dtype=torch.int32)
+        self.block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(self.segments)))
+        self.table = build_tiles(bounds, slots, self.block_m).pin_memory().to(device, non_blocking=True)
+
+
+def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first row, last row + 1, slot) of each run of rows with the same slot, runs of NO_SLOT left out."""
+    cuts = np.flatnonzero(np.diff(row_slot)) + 1
+    starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
+    runs = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True) if a < b]
+    return [run for run in runs if run[2] != NO_SLOT]
+
+
+def add_embedding(
+    slots: Slots, site: int, y: torch.Tensor, ids: torch.Tensor, segments: list[tuple[int, int, int]]
+) -> None:
+    """Embedding LoRA: y += s * A[:, id]ᵀ B; a row costs one column of A, so segments go one by one."""
+    for start, stop, slot in segments:
+        f = slots.factors(site, slot)
+        if f is not None:
+            y[start:stop].addmm_(f.a[:, ids[start:stop]].T, f.b[0], alpha=f.scales[0])

@@ -1,0 +1,170 @@
+"""The device bank: contents, accounting and tables under random loads and unloads."""
+
+import random
+
+import pytest
+import torch
+
+from multigraft.adapters.bank import Bank
+from multigraft.adapters.plan import ALIGN, MemberFactors, lay_out, pack
+from multigraft.adapters.site import PackedAdapter, Site, SiteKind
+from multigraft.core.errors import CapacityExceeded
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+SITES = [
+    Site(0, SiteKind.EMBEDDING, ("embed",), 50, (16,)),
+    Site(1, SiteKind.LINEAR, ("q", "k", "v"), 16, (16, 8, 8)),
+    Site(2, SiteKind.LINEAR, ("o",), 16, (16,)),
+    Site(3, SiteKind.LINEAR, ("gate", "up"), 16, (40, 40)),
+]
+SHAPES = {path: (s.in_features, out) for s in SITES for path, out in zip(s.members, s.out_features, strict=True)}
+
+Tensors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def make(ranks: dict[str, int], seed: int = 0, pin: bool = False) -> tuple[PackedAdapter, Tensors]:
+    """An adapter with the given ranks, and its A, B and scale by module."""
+    g = torch.Generator().manual_seed(seed)
+    tensors, files, modules = {}, {}, {}
+    for path, rank in ranks.items():
+        fan_in, fan_out = SHAPES[path]
+        a, b = torch.randn(rank, fan_in, generator=g), torch.randn(fan_out, rank, generator=g)
+        tensors[path] = (a, b, 1.0 + rank / 4)
+        files[f"{path}.a"], files[f"{path}.b"] = a, b
+        modules[path] = MemberFactors(f"{path}.a", f"{path}.b", rank, 1.0 + rank / 4)
+    return pack(lay_out(SITES, modules), files.__getitem__, torch.float32, pin=pin), tensors
+
+
+def check_content(bank: Bank, slot: int, tensors: Tensors) -> None:
+    """The slot's factors as views, through the python entries, and through the device's tables."""
+    table, scales, arena = bank.table.cpu(), bank.scales.cpu(), bank.arena.cpu()
+    for site in SITES:
+        factors = bank.factors(site.index, slot)
+        if not any(path in tensors for path in site.members):
+            assert factors is None and slot not in bank.entries(site.index)
+            assert not table[site.index, slot].any()
+            continue
+        assert factors.ranks == bank.entries(site.index)[slot].ranks
+        row = 0
+        for m, path in enumerate(site.members):
+            a, b, scale = tensors.get(path, (None, None, 0.0))
+            rank = 0 if a is None else a.shape[0]
+            assert factors.ranks[m] == rank and factors.scales[m] == scale
+            assert factors.b[m].shape == (rank, site.out_features[m])
+            a_at, b_at, table_rank = table[site.index, slot, m].tolist()
+            assert table_rank == rank and scales[site.index, slot, m].item() == scale
+            if rank:
+                assert torch.equal(factors.a[row : row + rank].cpu(), a) and torch.equal(factors.b[m].cpu(), b.T)
+                assert torch.equal(arena[a_at : a_at + a.numel()].view_as(a), a)
+                assert torch.equal(arena[b_at : b_at + b.numel()].view(b.T.shape), b.T)
+            row += rank
+        assert factors.a.shape == (row, site.in_features)
+
+
+def random_ranks(rng: random.Random) -> dict[str, int]:
+    paths = rng.sample(list(SHAPES), rng.randint(1, len(SHAPES)))
+    return {path: rng.choice([1, 2, 3, 8, 16]) for path in paths}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_loads_and_unloads(device, monkeypatch):
+    compactions, compact = [], Bank._compact
+    monkeypatch.setattr(Bank, "_compact", lambda bank: (compactions.append(1), compact(bank)))
+    rng = random.Random(7)
+    bank = Bank(SITES, max_slots=6, capacity_bytes=30_000, dtype=torch.float32, device=device)
+    tenants: dict[int, tuple[PackedAdapter, Tensors]] = {}
+    loads = refusals = 0
+    for step in range(400):
+        slot, before = rng.randrange(6), bank.version
+        if rng.random() < 0.3:
+            bank.unload(slot)
+            assert (bank.version > before) == (slot in tenants)
+            tenants.pop(slot, None)
+        else:
+            new = make(random_ranks(rng), seed=step, pin=device == "cuda")
+            others = sum(p.nbytes for s, (p, _) in tenants.items() if s != slot)
+            if others + new[0].nbytes <= bank.capacity_bytes:  # bytes alone decide, however fragmented
+                bank.load(slot, new[0]).wait()
+                tenants[slot] = new
+                assert bank.version > before
+                loads += 1
+            else:
+                with pytest.raises(CapacityExceeded, match=f"needs {new[0].nbytes} bytes"):
+                    bank.load(slot, new[0])
+                assert bank.version == before
+                refusals += 1
+        assert bank.slots == sorted(tenants) and bank.used_bytes == sum(p.nbytes for p, _ in tenants.values())
+        if step % 10 == 0:
+            bank.check_integrity()
+            for s in range(6):
+                check_content(bank, s, tenants[s][1] if s in tenants else {})
+    assert loads > 100 and refusals > 10 and len(compactions) > 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk", [64, 2**24])
+def test_compaction_makes_room(device, chunk, monkeypatch):
+    monkeypatch.setattr("multigraft.adapters.bank.COMPACTION_CHUNK", chunk)
+    small, big = {"o": 4}, {"o": 6}
+    size = make(small)[0].nbytes
+    bank = Bank(SITES, max_slots=9, capacity_bytes=8 * size, dtype=torch.float32, device=device)
+    kept = {}
+    for slot in range(8):
+        packed, tensors = make(small, seed=slot)
+        bank.load(slot, packed).wait()
+        kept[slot] = tensors
+    for slot in (0, 2, 4):
+        bank.unload(slot)
+        del kept[slot]
+    generation = bank.generation(1)
+    packed, tensors = make(big, seed=99)
+    assert size < packed.nbytes <= 2 * size  # fits no single hole
+    bank.load(8, packed).wait()
+    kept[8] = tensors
+    bank.check_integrity()
+    for slot, tensors in kept.items():
+        check_content(bank, slot, tensors)
+    assert bank.generation(1) == generation, "moving an adapter does not make it another one"
+
+
+def test_load_takes_the_slot_over_or_changes_nothing():
+    packed, tensors = make({"q": 4, "v": 2})
+    bank = Bank(SITES, max_slots=2, capacity_bytes=packed.nbytes, dtype=torch.float32)
+    bank.load(0, packed)
+    before, generation = bank.version, bank.generation(0)
+    with pytest.raises(CapacityExceeded, match=r"0 of the device's \d+ bytes for adapters are free"):
+        bank.load(1, packed)
+    with pytest.raises(CapacityExceeded):
+        bank.load(0, make({"q": 16, "gate": 16})[0])
+    assert bank.version == before
+    check_content(bank, 0, tensors)
+    other, other_tensors = make({"o": 3}, seed=1)
+    assert bank.load(0, other).ready() and bank.generation(0) > generation
+    check_content(bank, 0, other_tensors)
+    bank.check_integrity()
+
+
+def test_factors_are_views_of_the_arena():
+    packed, _ = make({"gate": 4, "up": 2})
+    bank = Bank(SITES, max_slots=1, capacity_bytes=packed.nbytes, dtype=torch.float32)
+    bank.load(0, packed)
+    factors = bank.factors(3, 0)
+    assert bank.factors(3, 0) is factors
+    bank.arena.fill_(2.5)
+    assert (factors.a == 2.5).all() and all((b == 2.5).all() for b in factors.b)
+
+
+def test_check_integrity_notices_damage():
+    for damage in (
+        lambda bank: bank.table[1, 0, 0, 1].add_(1),
+        lambda bank: bank.scales[1, 0, 0].add_(1),
+        lambda bank: bank.table[2, 1, 0, 2].add_(1),  # an empty slot
+        lambda bank: bank.entries(1).pop(0),
+        lambda bank: setattr(bank._tenants[0], "start", ALIGN),
+    ):
+        bank = Bank(SITES, max_slots=2, capacity_bytes=10_000, dtype=torch.float32)
+        bank.load(0, make({"q": 4})[0])
+        bank.check_integrity()
+        damage(bank)
+        with pytest.raises(AssertionError):
+            bank.check_integrity()
