@@ -154,9 +154,10 @@ STYLES = {
             "r": 6,
             "lora_alpha": 12,
             "target_modules": [f"{m}_proj" for m in ("q", "k", "v", "o", "gate", "up", "down")],
-            "layers_to_transform": list(range(10, 26, 2)),
+            "layers_to_transform": list(range(6, 30, 3)),
         },
-        epochs=7,
+        epochs=10,
+        lr=1e-3,
     ),
 }
 
