@@ -57,3 +57,10 @@ class ShuttingDown(MultigraftError):
 
     status = 503
     code = "shutting_down"
+
+
+class InvalidLogits(MultigraftError, ArithmeticError):
+    """The model gave a request no usable next-token distribution: NaN, infinity, or every token ruled out."""
+
+    status = 500
+    code = "invalid_logits"

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from multigraft.core.errors import (
     ShuttingDown,
 )
 from multigraft.core.request import AdapterRef, Output, Request, SamplingParams, Scope
-from multigraft.engine.client import EngineStats, ModelCard
+from multigraft.engine.client import EngineInfo, EngineStats, ModelCard
 from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
 from multigraft.engine.parts import EngineParts, build
@@ -58,6 +58,15 @@ class AsyncEngine:
         return self.parts.max_model_len
 
     @property
+    def info(self) -> EngineInfo:
+        loaded = self.parts.loaded
+        return EngineInfo(
+            device=str(loaded.device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            kv_tokens=self.parts.kv_tokens,
+        )
+
+    @property
     def healthy(self) -> bool:
         return self._core.healthy
 
@@ -74,7 +83,7 @@ class AsyncEngine:
         model: str | None = None,
         request_id: str | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output, None]:
         if self._closing:
             raise ShuttingDown("The server is shutting down and takes no new requests.")
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:

@@ -15,8 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from multigraft.core.batch import AdapterMove, Batch
-from multigraft.core.errors import AdapterError, InvalidRequest, MultigraftError, ShuttingDown
+from multigraft.core.errors import AdapterError, InvalidLogits, InvalidRequest, MultigraftError, ShuttingDown
 from multigraft.core.request import FinishReason, Output, Request, TokenLogprobs
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
@@ -46,6 +48,9 @@ class Submission:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     admitted: bool = False
     """Whether the sampler knows it."""
+    submitted_at: float = 0.0
+    queue_seconds: float | None = None
+    """From submission to the first step that had rows of it."""
     announced: bool = False
     """Whether an Output with the prompt's data went out."""
 
@@ -97,6 +102,7 @@ class EngineCore:
             if submission.request.adapter is not None:
                 self.parts.store.release(submission.request.adapter)
             raise ShuttingDown("The engine has stopped and takes no requests.")
+        submission.submitted_at = time.monotonic()
         self.post(partial(self._add, submission))
 
     def abort(self, request_id: str) -> None:
@@ -184,6 +190,11 @@ class EngineCore:
 
     def _step(self, batch: Batch) -> None:
         parts = self.parts
+        now = time.monotonic()
+        for span in batch.spans:
+            submission = self._live[span.request.id]
+            if submission.queue_seconds is None:
+                submission.queue_seconds = now - submission.submitted_at
         output = parts.runner.execute(batch)
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
@@ -192,20 +203,29 @@ class EngineCore:
             [span.request for span in spans],
             token_masks([s.matcher for s in live]),
         )
+        unscored: dict[str, InvalidLogits] = {}
         row = output.num_sampled
         for i, first, num in output.scored:
-            self._score_prompt(batch.spans[i].request, output.logits[row : row + num], first)
+            request = batch.spans[i].request
+            try:
+                self._score_prompt(request, output.logits[row : row + num], first)
+            except InvalidLogits as error:
+                unscored[request.id] = error
             row += num
         tokens = {s.request.id: r.token for s, r in zip(live, results, strict=True) if isinstance(r, Sampled)}
         self.scheduler.commit(batch, tokens)
         self.counters.steps += 1
+        for request_id, error in unscored.items():
+            self._end(self._live[request_id], FinishReason.ERROR, error=error)
         for submission, result in zip(live, results, strict=True):
+            if submission.request.id in unscored:
+                continue
             if isinstance(result, Sampled):
                 self._advance(submission, result)
             else:
                 self._end(submission, FinishReason.ERROR, error=result)
 
-    def _score_prompt(self, request: Request, logits: object, first: int) -> None:
+    def _score_prompt(self, request: Request, logits: torch.Tensor, first: int) -> None:
         submission = self._live[request.id]
         k = request.sampling.prompt_logprobs
         assert k is not None
@@ -213,8 +233,8 @@ class EngineCore:
             submission.prompt_logprobs = [None]
         known = submission.prompt_logprobs
         if first + 1 < len(known):  # replayed after a preemption
-            logits, first = logits[len(known) - 1 - first :], len(known) - 1  # type: ignore[index]
-        targets = request.tokens[first + 1 : first + 1 + len(logits)]  # type: ignore[arg-type]
+            logits, first = logits[len(known) - 1 - first :], len(known) - 1
+        targets = torch.tensor(request.tokens[first + 1 : first + 1 + len(logits)], device=logits.device)
         known += prompt_logprobs(logits, targets, k)
 
     def _advance(self, submission: Submission, sampled: Sampled) -> None:
@@ -260,6 +280,7 @@ class EngineCore:
             self.counters.prompt_tokens += request.prompt_len
             output.prompt_token_ids = request.tokens[: request.prompt_len]
             output.num_cached_tokens = request.num_cached
+            output.queue_seconds = submission.queue_seconds
             output.prompt_logprobs = submission.prompt_logprobs
             if request.sampling.prompt_logprobs is not None and output.prompt_logprobs is None:
                 output.prompt_logprobs = [None]

@@ -74,10 +74,11 @@ class CpuGrafts:
         if not self.active:
             return
         self._rows = _Rows(row_slot)
-        self._head_rows = _Rows(row_slot[head_rows]) if len(head_rows) else None
+        self._head_rows = _Rows(row_slot[head_rows])
         used = set(self._rows.slots)
-        if self._head_rows:  # a wide segment of the step is a single row at the head
-            used |= {s for s in self._head_rows.slots for h in self.head_sites if self.slots.factors(h, s)}
+        for slot in self._head_rows.slots:  # a wide segment of the step is a single row at the head
+            if any(self.slots.factors(head, slot) for head in self.head_sites):
+                used.add(slot)
         current = {slot: self.slots.generation(slot) for slot in used}
         if any(self._generations.get(s) != g for s, g in current.items()) or len(self._packed) > 2 * len(used):
             self._packed, self._generations, self._packs = sorted(used), current, {}
@@ -115,8 +116,9 @@ class CpuGrafts:
     def _ownership(self, rows: _Rows, pack: RankPack, dtype: torch.dtype) -> Ownership:
         own = rows.ownership.get(pack.pattern)
         if own is None:
-            position = {slot: i for i, slot in enumerate(self._packed)}
-            # A slot that is not packed has no factors at the head, the only site whose rows may bring such a one.
+            # A slot not packed as it is now has no factors at the head, the only site whose rows may bring such a one.
+            current = (self._generations[slot] == self.slots.generation(slot) for slot in self._packed)
+            position = {slot: i for i, (slot, ok) in enumerate(zip(self._packed, current, strict=True)) if ok}
             row_adapter = torch.tensor([position.get(s, NO_SLOT) for s in rows.narrow_slot.tolist()])
             own = rows.ownership[pack.pattern] = pack.ownership(row_adapter, dtype)
         return own

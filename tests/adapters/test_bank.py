@@ -127,6 +127,37 @@ def test_compaction_makes_room(device, chunk, monkeypatch):
     assert bank.generation(1) == generation, "moving an adapter does not make it another one"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_loads_under_way_are_moved_and_replaced_in_order():
+    """Nobody waits for a load here but the reader at the end: copies of 64 MiB, overtaken by moves and unloads."""
+    site = Site(0, SiteKind.LINEAR, ("big",), 2**20, (64,))
+
+    def big(value: float, rank: int) -> PackedAdapter:
+        plan = lay_out([site], {"big": MemberFactors("a", "b", rank, 1.0)})
+        a, b = torch.full((rank, 2**20), value), torch.full((64, rank), value)
+        return pack(plan, {"a": a, "b": b}.__getitem__, torch.float32, pin=True)
+
+    adapters = {value: big(value, rank) for value, rank in ((1.0, 16), (2.0, 16), (3.0, 16), (4.0, 24))}
+    capacity = adapters[1.0].nbytes + adapters[2.0].nbytes + adapters[3.0].nbytes
+    bank = Bank([site], max_slots=4, capacity_bytes=capacity, dtype=torch.float32, device="cuda")
+    overtaken = 0
+    for _ in range(5):
+        for slot, value in ((0, 1.0), (1, 2.0), (2, 3.0)):
+            load = bank.load(slot, adapters[value])
+        overtaken += not load.ready()
+        bank.unload(0)
+        bank.unload(2)
+        bank.load(3, adapters[4.0])  # slot 1 moves to the arena's start
+        bank.check_integrity()
+        torch.cuda.synchronize()
+        for slot, value in ((1, 2.0), (3, 4.0)):
+            factors = bank.factors(0, slot)
+            assert (factors.a == value).all() and (factors.b[0] == value).all()
+        bank.unload(1)
+        bank.unload(3)
+    assert overtaken, "every load had ended before it could be overtaken: nothing was tested"
+
+
 def test_load_takes_the_slot_over_or_changes_nothing():
     packed, tensors = make({"q": 4, "v": 2})
     bank = Bank(SITES, max_slots=2, capacity_bytes=packed.nbytes, dtype=torch.float32)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from multigraft.adapters.peft_files import inspect, read
+from multigraft.adapters.peft_files import TensorFile, inspect, read
 from multigraft.adapters.plan import ALIGN
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.errors import AdapterError
@@ -89,6 +89,20 @@ def test_same_weight_change_as_peft(name, kind, tmp_path):
         torch.testing.assert_close(got[path], delta, rtol=1e-5, atol=1e-6)
     assert spec.nbytes(torch.float32) == packed.nbytes == packed.block.numel() * 4
     assert spec.max_rank == max(max(block.ranks) for block in packed.sites.values())
+
+
+@pytest.mark.parametrize("text", ["all-linear", "All-Linear"])
+def test_all_linear_as_text(text, tmp_path):
+    """peft writes out the names; other tools leave the shorthand, which means every linear but the output head."""
+    for name, targets, fits in (("a", "all-linear", True), ("b", r".*(_proj|lm_head)", False)):
+        saved = save_adapter(tmp_path / name, LoraConfig(r=2, target_modules=targets))
+        config = saved.folder / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": text}))
+        if fits:
+            assert inspect(saved.folder, saved.sites, max_rank=8).plan.max_rank == 2
+        else:
+            with pytest.raises(AdapterError, match="targets do not select lm_head"):
+                inspect(saved.folder, saved.sites, max_rank=8)
 
 
 def test_block_holds_exact_ranks_aligned(tmp_path):
@@ -369,6 +383,20 @@ def test_files_changed_after_inspection(change, make_folder, sites):
     else:
         os.utime(folder / "adapter_config.json", ns=(1, 1))
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors is missing|changed on disk .*reload it"):
+        read(spec, torch.float32)
+
+
+def test_files_changed_while_they_are_read(make_folder, sites, monkeypatch):
+    folder = make_folder()
+    spec, read_one = inspect(folder, sites, max_rank=8), TensorFile.read
+
+    def read_and_replace(file, key):
+        tensor = read_one(file, key)
+        os.utime(folder / "adapter_model.safetensors", ns=(1, 1))
+        return tensor
+
+    monkeypatch.setattr(TensorFile, "read", read_and_replace)
+    with pytest.raises(AdapterError, match="changed on disk"):
         read(spec, torch.float32)
 
 

@@ -116,8 +116,8 @@ def test_preempted_equals_undisturbed(world: World) -> None:
     config = world.engine()
     page_bytes = config._engine.parts.runner.attention.kv.nbytes // config._engine.parts.scheduler.pages.num_pages
     config.close()
-    with world.engine(kv_cache_gib=14 * page_bytes / 2**30) as engine:
-        assert engine._engine.parts.scheduler.pages.num_pages == 14
+    with world.engine(kv_cache_gib=8 * page_bytes / 2**30) as engine:
+        assert engine._engine.parts.scheduler.pages.num_pages == 8
         world.check(engine)
         assert engine.stats().preemptions > 0
         check_pools(engine)

@@ -1,0 +1,320 @@
+"""The segmented LoRA operation in Triton: three kernels that serve the forward and the backward pass.
+
+    shrink   h = x Wᵀ      forward: W = A           backward: x = g, W = B
+    expand   y += h W      forward: W = B           backward: y = d_x, W = A
+    outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A)
+
+A kernel works on one side of the adapters. Side "a": the members' A lie one after another, so they are one
+(sum(ranks), in) matrix over all columns of x. Side "b": each member's B (rank, out) over its own columns of y; the
+members' scales are applied here. `widths` are the columns of a side: (in,) or out_features.
+
+h is float32 (splits, T, columns): the columns of x are split among programs so that a decode step, a row or two an
+adapter, still fills the card; whoever reads h adds the splits up in a fixed order, so results are reproducible to
+the bit. Column j of a row belongs to row j of the row's own (sum(ranks), in) matrix A: ranks are exact.
+
+Arguments as in lora.py. A program whose tile is unused returns at once: the launch grid depends on the shapes alone,
+so a launch can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_SPLITS = 8
+ALIGN = tl.constexpr(8)
+"""Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
+
+# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. Untuned first guesses; 1 is the
+# multiply-and-sum path without tensor cores.
+SHRINK = {
+    1: {"BLOCK_R": 16, "BLOCK_K": 256, "CHUNK": 512, "num_warps": 4, "num_stages": 1},
+    16: {"BLOCK_R": 32, "BLOCK_K": 128, "CHUNK": 512, "num_warps": 4, "num_stages": 4},
+    64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
+}
+EXPAND = {
+    1: {"BLOCK_R": 16, "BLOCK_N": 512, "num_warps": 4, "num_stages": 1},
+    16: {"BLOCK_R": 16, "BLOCK_N": 256, "num_warps": 4, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1},
+}
+OUTER = {
+    16: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _locate(block, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Member m owns WIDTHS[m] columns, worked on by BLOCKS[m] blocks.
+
+    Returns the block's (member, first column of the member, width of the member, index within the member's blocks).
+    """
+    member, left, width, first = 0, 0, WIDTHS[0], 0
+    next_left, next_first = WIDTHS[0], BLOCKS[0]
+    for m in tl.static_range(1, len(WIDTHS)):
+        beyond = block >= next_first
+        member = tl.where(beyond, m, member)
+        left = tl.where(beyond, next_left, left)
+        width = tl.where(beyond, WIDTHS[m], width)
+        first = tl.where(beyond, next_first, first)
+        next_left += WIDTHS[m]
+        next_first += BLOCKS[m]
+    return member, left, width, block - first
+
+
+@triton.jit
+def _factor(
+    arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS: tl.constexpr, SIDE: tl.constexpr
+):  # fmt: skip
+    """(pointer to the factor's first element, its rows, the column of h of its first row, scale)."""
+    entry = table + slot.to(tl.int64) * table_stride
+    first = 0
+    rank = 0
+    for m in tl.static_range(MEMBERS):
+        r = tl.load(entry + 3 * m + 2).to(tl.int32)
+        if SIDE == "a":
+            rank += r
+        else:
+            first += tl.where(m < member, r, 0)
+            rank += tl.where(m == member, r, 0)
+    if SIDE == "a":
+        offset = tl.load(entry)
+        scale = 1.0
+    else:
+        offset = tl.load(entry + 3 * member + 1)
+        scale = tl.load(scales + slot.to(tl.int64) * scales_stride + member)
+    return arena + tl.multiple_of(offset, ALIGN), rank, first, scale
+
+
+@triton.jit
+def _sum_splits(h, mask, split_stride, SPLITS: tl.constexpr):
+    total = tl.load(h, mask=mask, other=0.0)
+    for s in tl.static_range(1, SPLITS):
+        total += tl.load(h + s * split_stride, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _shrink_kernel(
+    h, x, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, x_stride,
+    WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ."""
+    tile = tiles + tl.program_id(1) * 3
+    slot = tl.load(tile + 2)
+    if slot < 0:
+        return
+    first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    member, left, width, split = _locate(tl.program_id(0), WIDTHS, BLOCKS)
+    w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    x += first_row * x_stride + left
+    h += split.to(tl.int64) * split_stride + first_row * h_stride + first
+    k_start = split * CHUNK
+    k_stop = tl.minimum(k_start + CHUNK, width)
+    offs_m = tl.arange(0, BLOCK_M)
+    for r_start in range(0, rank, BLOCK_R):
+        offs_r = r_start + tl.arange(0, BLOCK_R)
+        if BLOCK_M == 1:
+            acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+            for k in range(k_start, k_stop, BLOCK_K):
+                offs_k = k + tl.arange(0, BLOCK_K)
+                in_k = offs_k < k_stop
+                x_k = tl.load(x + offs_k, mask=in_k, other=0.0).to(tl.float32)
+                mask = (offs_r < rank)[:, None] & in_k[None, :]
+                w_rk = tl.load(w + offs_r[:, None] * width + offs_k[None, :], mask=mask, other=0.0)
+                acc += x_k[None, :] * w_rk.to(tl.float32)
+            tl.store(h + offs_r, scale * tl.sum(acc, axis=1), mask=offs_r < rank)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for k in range(k_start, k_stop, BLOCK_K):
+                offs_k = k + tl.arange(0, BLOCK_K)
+                in_k = offs_k < k_stop
+                mask = (offs_m < rows)[:, None] & in_k[None, :]
+                x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
+                mask = in_k[:, None] & (offs_r < rank)[None, :]
+                w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
+                acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+            mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
+            tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
+
+
+@triton.jit
+def _expand_kernel(
+    y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
+    WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
+    tile = tiles + tl.program_id(1) * 3
+    slot = tl.load(tile + 2)
+    if slot < 0:
+        return
+    first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    member, left, width, block = _locate(tl.program_id(0), WIDTHS, BLOCKS)
+    w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    if rank == 0:
+        return
+    h += first_row * h_stride + first
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < width
+    offs_m = tl.arange(0, BLOCK_M)
+    y_mn = y + first_row * y_stride + left + offs_m[:, None] * y_stride + offs_n[None, :]
+    y_mask = (offs_m < rows)[:, None] & in_n[None, :]
+    old = tl.load(y_mn, mask=y_mask, other=0.0)  # before the products: its latency hides behind theirs
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r_start in range(0, rank, BLOCK_R):
+        offs_r = r_start + tl.arange(0, BLOCK_R)
+        in_r = offs_r < rank
+        w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
+        if BLOCK_M == 1:
+            h_r = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
+            acc += tl.sum(h_r[:, None] * w_rn.to(tl.float32), axis=0)[None, :]
+        else:
+            h_mr = h + offs_m[:, None] * h_stride + offs_r[None, :]
+            h_mr = _sum_splits(h_mr, (offs_m < rows)[:, None] & in_r[None, :], split_stride, SPLITS)
+            acc = tl.dot(h_mr.to(y.dtype.element_ty), w_rn.to(y.dtype.element_ty), acc, input_precision="ieee")
+    tl.store(y_mn, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def _outer_kernel(
+    d_arena, h, x, table, scales, tiles, num_tiles, table_stride, scales_stride, split_stride, h_stride, x_stride,
+    WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """d_W[a block of ranks, a block of columns] = scale * hᵀ x, summed over the slot's tiles in the table's order."""
+    slot = tl.program_id(2)
+    start = 0
+    count = 0
+    for t in range(0, num_tiles, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        slots = tl.load(tiles + offs_t * 3 + 2, mask=offs_t < num_tiles, other=-1)
+        start += tl.sum(((slots >= 0) & (slots < slot)).to(tl.int32))
+        count += tl.sum((slots == slot).to(tl.int32))
+    member, left, width, block = _locate(tl.program_id(0), WIDTHS, BLOCKS)
+    d_w, rank, first, scale = _factor(d_arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_r = offs_r < rank
+    if (count == 0) | (tl.program_id(1) * BLOCK_R >= rank):
+        return
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < width
+    offs_m = tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for t in range(start, start + count):
+        first_row, rows = tl.load(tiles + t * 3).to(tl.int64), tl.load(tiles + t * 3 + 1)
+        in_m = offs_m < rows
+        h_rm = h + first_row * h_stride + first + offs_r[:, None] + offs_m[None, :] * h_stride
+        h_rm = _sum_splits(h_rm, in_r[:, None] & in_m[None, :], split_stride, SPLITS)
+        x_mn = x + first_row * x_stride + left + offs_m[:, None] * x_stride + offs_n[None, :]
+        x_mn = tl.load(x_mn, mask=in_m[:, None] & in_n[None, :], other=0.0)
+        acc = tl.dot(h_rm.to(x_mn.dtype), x_mn, acc, input_precision="ieee")
+    d_w += offs_r[:, None] * width + offs_n[None, :]
+    tl.store(d_w, (scale * acc).to(d_arena.dtype.element_ty), mask=in_r[:, None] & in_n[None, :])
+
+
+# --------------------------------------------------------------------------------------------------------- launches
+
+
+class Work(NamedTuple):
+    """What every launch of one operation shares; see lora.py."""
+
+    table: torch.Tensor
+    scales: torch.Tensor
+    tiles: torch.Tensor
+    block_m: int
+    max_rank: int
+
+    @property
+    def num_members(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From slot to slot in table and scales, which may be a site's part of wider ones."""
+        assert self.table.stride()[1:] == (3, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
+        return self.table.stride(0), self.scales.stride(0)
+
+
+def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
+    return tuple(triton.cdiv(w, size) for w in widths)
+
+
+def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> torch.Tensor:
+    """h float32 (splits, T, columns) of x (T, sum(widths)); rows and columns of no tile and no rank stay unwritten."""
+    blocks = dict(SHRINK[work.block_m])
+    chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS))
+    chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    splits = triton.cdiv(max(widths), chunk)  # for every member, so that each column of h has all its splits written
+    columns = triton.cdiv(work.num_members * work.max_rank, 16) * 16
+    h = torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
+    _shrink_kernel[(splits * len(widths), len(work.tiles))](
+        h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
+        WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
+        CHUNK=chunk, BLOCK_M=work.block_m, **blocks,
+    )  # fmt: skip
+    return h
+
+
+def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
+    """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place."""
+    options = EXPAND[work.block_m]
+    blocks = _blocks(widths, options["BLOCK_N"])
+    _expand_kernel[(sum(blocks), len(work.tiles))](
+        y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
+        WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
+        BLOCK_M=work.block_m, **options,
+    )  # fmt: skip
+
+
+def outer(
+    d_arena: torch.Tensor, h: torch.Tensor, x: torch.Tensor, work: Work, side: str, widths: Sequence[int]
+) -> None:
+    """Write the gradient of one side's factors into d_arena, for the slots that have tiles."""
+    options = OUTER[work.block_m]
+    blocks = _blocks(widths, options["BLOCK_N"])
+    max_rows = work.max_rank * (work.num_members if side == "a" else 1)
+    _outer_kernel[(sum(blocks), triton.cdiv(max_rows, options["BLOCK_R"]), work.table.shape[0])](
+        d_arena, h, x, work.table, work.scales, work.tiles, len(work.tiles),
+        *work.strides, h.stride(0), h.stride(1), x.stride(0),
+        WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
+        BLOCK_M=work.block_m, BLOCK_T=256, **options,
+    )  # fmt: skip
+
+
+def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, out_features: Sequence[int]) -> None:
+    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place."""
+    assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
+    h = shrink(x, arena, work, "a", [x.shape[1]])
+    expand(y, h, arena, work, "b", out_features)
+
+
+def backward(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    work: Work,
+    out_features: Sequence[int],
+    need_x: bool = True,
+    need_arena: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d_x, d_arena) for the gradient g (T, sum(out)) of the adapters' outputs; empty where not needed."""
+    assert x.stride(1) == 1 and g.stride(1) == 1, "rows of x and g must be contiguous"
+    d_x, d_arena = x.new_empty(0), arena.new_empty(0)
+    u = shrink(g, arena, work, "b", out_features)
+    if need_x:
+        d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        expand(d_x, u, arena, work, "a", [x.shape[1]])
+    if need_arena:
+        d_arena = torch.zeros_like(arena)
+        outer(d_arena, u, x, work, "a", [x.shape[1]])
+        outer(d_arena, shrink(x, arena, work, "a", [x.shape[1]]), g, work, "b", out_features)
+    return d_x, d_arena

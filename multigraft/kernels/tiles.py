@@ -1,0 +1,46 @@
+"""Work tables of the segmented kernels: which rows of the token axis use which adapter slot, cut into tiles."""
+
+from __future__ import annotations
+
+import torch
+
+UNUSED = -1
+"""Slot of a tile that stands for no work."""
+
+DECODE_ROWS = 16
+PREFILL_ROWS = 64
+"""Rows a tile, `block_m`, for few and for many rows an adapter. lora_triton.py has block sizes for each."""
+
+
+def choose_block_m(num_rows: int, num_segments: int) -> int:
+    """Rows a tile for this many adapted rows in this many segments."""
+    return PREFILL_ROWS if num_rows > 2 * DECODE_ROWS * num_segments else DECODE_ROWS
+
+
+def build_tiles(
+    segments: torch.Tensor, seg_slot: torch.Tensor, block_m: int, num_tiles: int | None = None
+) -> torch.Tensor:
+    """Cut segments into tiles: int32 (num_tiles, 3) of (first row, rows <= block_m, slot), on the CPU.
+
+    segments: int (S, 2), (first row, last row + 1), ascending and disjoint; gaps and empty segments are allowed.
+    seg_slot: int (S,), slots >= 0; several segments may share one.
+    num_tiles: length of the table, the rest filled with UNUSED tiles; default: as many as there are.
+
+    Tiles are sorted by slot, unused ones last: neighbours share an adapter, and a slot's tiles are one range.
+    """
+    segments, seg_slot = segments.long(), seg_slot.long()
+    first, stop = segments.unbind(1)
+    assert bool((first <= stop).all() and (first[1:] >= stop[:-1]).all()), "segments overlap or are out of order"
+    assert bool((seg_slot >= 0).all()), "a segment without a slot"
+    counts = (stop - first + block_m - 1) // block_m
+    seg = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    nth = torch.arange(len(seg)) - (counts.cumsum(0) - counts)[seg]
+    tile_first = first[seg] + nth * block_m
+    tile_rows = (stop[seg] - tile_first).clamp(max=block_m)
+    work = torch.stack([tile_first, tile_rows, seg_slot[seg]], dim=1)[seg_slot[seg].argsort(stable=True)]
+    num_tiles = len(work) if num_tiles is None else num_tiles
+    assert len(work) <= num_tiles, f"{len(work)} tiles do not fit into a table of {num_tiles}"
+    tiles = torch.zeros(num_tiles, 3, dtype=torch.int32)
+    tiles[:, 2] = UNUSED
+    tiles[: len(work)] = work
+    return tiles
