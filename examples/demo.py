@@ -87,6 +87,8 @@ class Server:
                 return json.load(reply)
         except urllib.error.HTTPError as e:
             raise ServerFailed(f"{model} answered {e.code}: {e.read().decode(errors='replace')}") from e
+        except OSError as e:  # it died, or said nothing for two minutes
+            raise ServerFailed(f"No answer from {model} ({e}). The server's last words:\n{self.log_tail()}") from e
 
     def stop(self) -> None:
         if self.process.poll() is None:
