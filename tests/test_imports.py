@@ -57,7 +57,6 @@ def test_every_room_is_in_the_table() -> None:
         ("multigraft.kvcache.pages", "torch"),
         ("multigraft.scheduling.scheduler", "torch"),
         ("multigraft.engine.offline", "fastapi"),
-        ("multigraft.engine.offline", "triton"),
     ],
 )
 def test_an_import_stays_light(module: str, unwanted: str) -> None:

@@ -198,11 +198,13 @@ class EngineCore:
         output = parts.runner.execute(batch)
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
-        results = parts.sampler.sample(
-            output.logits[: output.num_sampled],
-            [span.request for span in spans],
-            token_masks([s.matcher for s in live]),
-        )
+        results: list[Sampled | InvalidLogits] = []
+        if live:
+            results = parts.sampler.sample(
+                output.logits[: output.num_sampled],
+                [span.request for span in spans],
+                token_masks([s.matcher for s in live]),
+            )
         unscored: dict[str, InvalidLogits] = {}
         row = output.num_sampled
         for i, first, num in output.scored:

@@ -29,6 +29,9 @@ def make_prompts(count: int, seed: int = 0, lengths: tuple[int, int] = (3, 40)) 
     return [[rng.randrange(3, VOCAB) for _ in range(rng.randint(*lengths))] for _ in range(count)]
 
 
+GAIN = {"gemma": 2.0}  # its scaled embedding outweighs small adapters
+
+
 class World:
     """A tiny checkpoint with every adapter of CASES, and the reference's answers to two prompts each."""
 
@@ -36,7 +39,8 @@ class World:
         arch, changes = VARIANTS[variant]
         self.checkpoint = build_checkpoint(folder / "model", arch, **changes)
         self.adapters = {
-            case.name: write_adapter(self.checkpoint, folder / case.name, case, seed=i) for i, case in enumerate(CASES)
+            case.name: write_adapter(self.checkpoint, folder / case.name, case, seed=i, gain=GAIN.get(arch, 0.7))
+            for i, case in enumerate(CASES)
         }
         prompts = make_prompts(2 * len(NAMES))
         self.jobs = list(zip(NAMES * 2, prompts, strict=True))
