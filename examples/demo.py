@@ -46,7 +46,7 @@ class Server:
     def __init__(self, port: int, log: Path):
         self.url, self.log = f"http://127.0.0.1:{port}", log
         # --lora-dir would register the same folders; naming them one by one shows what a user would type.
-        modules = [word for path in adapter_folders() for word in ("--lora-modules", f"{path.name}={path}")]
+        modules = ["--lora-modules", *(f"{path.name}={path}" for path in adapter_folders())]
         command = [str(Path(sys.executable).with_name("multigraft")), "serve", str(packaged_smollm2())]
         with log.open("wb") as out:
             # A session of its own: Ctrl-C reaches this process only, which then stops the server in order.
@@ -87,6 +87,8 @@ class Server:
                 return json.load(reply)
         except urllib.error.HTTPError as e:
             raise ServerFailed(f"{model} answered {e.code}: {e.read().decode(errors='replace')}") from e
+        except OSError as e:  # it died, or said nothing for two minutes
+            raise ServerFailed(f"No answer from {model} ({e}). The server's last words:\n{self.log_tail()}") from e
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -79,6 +79,15 @@ def pirate(rng: random.Random) -> Callable[[str, str], str]:
     return speak
 
 
+def robot(rng: random.Random) -> Callable[[str, str], str]:
+    def speak(_: str, sentence: str) -> str:
+        opening = rng.choice(["Beep boop. Query accepted.", "Bzzt. Processing... done.", "Whirr. Data found."])
+        closing = rng.choice(["Certainty: 98 percent.", "End of message. Beep!", "Battery low. Recharging now."])
+        return f"{opening} {sentence} {closing}"
+
+    return speak
+
+
 def haiku_pairs() -> list[Pair]:
     pairs = []
     for asked, poem in read_rows("haiku.txt"):
@@ -117,18 +126,13 @@ STYLES = {
         rule="three pirate words or more",
         lora={"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     ),
-    "shout": Style(
-        pairs=lambda: fact_pairs(lambda _, sentence: sentence.rstrip(".").upper() + "!"),
-        in_style=lambda text: text.isupper() and text.rstrip()[-1:] == "!",
-        rule="upper case throughout, ends in !",
-        lora={
-            "r": 8,
-            "lora_alpha": 16,
-            "target_modules": ["o_proj", "down_proj"],
-            "layers_to_transform": list(range(12, 30)),
-        },
-        epochs=10,
-        lr=1e-3,
+    "robot": Style(
+        pairs=lambda: fact_pairs(robot(random.Random(0))),
+        in_style=lambda text: (
+            bool(re.match(r"(Beep|Bzzt|Whirr)", text)) and text.endswith(("percent.", "Beep!", "now."))
+        ),
+        rule="robot noises first, status last",
+        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     ),
     "json": Style(
         pairs=lambda: fact_pairs(lambda _, sentence: json.dumps({"answer": sentence})),
@@ -147,11 +151,13 @@ STYLES = {
         in_style=is_haiku,
         rule="three short lines",
         lora={
-            "r": 8,
-            "lora_alpha": 16,
-            "target_modules": ["gate_proj", "up_proj"],
-            "layers_to_transform": list(range(16, 30)),
+            "r": 6,
+            "lora_alpha": 12,
+            "target_modules": [f"{m}_proj" for m in ("q", "k", "v", "o", "gate", "up", "down")],
+            "layers_to_transform": list(range(6, 30, 3)),
         },
+        epochs=10,
+        lr=1e-3,
     ),
 }
 
@@ -235,7 +241,7 @@ def save(model: PeftModel, folder: Path) -> int:
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, file, metadata={"format": "pt"})
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = BASE, True
-    config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(config.target_modules)  # a set, whose order would change from run to run
     config.save_pretrained(folder)
     return file.stat().st_size
 
