@@ -22,8 +22,8 @@ from multigraft.core.errors import AdapterError, InvalidLogits, InvalidRequest, 
 from multigraft.core.request import FinishReason, Output, Request, TokenLogprobs
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
-from multigraft.engine.parts import EngineParts
 from multigraft.engine.logprobs import prompt_logprobs
+from multigraft.engine.parts import EngineParts
 from multigraft.engine.sampler import Sampled
 from multigraft.engine.structured import Matcher, token_masks
 
