@@ -58,7 +58,8 @@ class Bank:
 
     arena: (capacity,) every extent.
     table: (sites, max_slots, max_members, 3) int64 on the device: (a offset, b offset, rank) of each member, in
-    elements of the arena; zeros where nothing acts. The a offset is the member's own, within the site's stacked A.
+    elements of the arena; zeros where the adapter does not act at the site. The a offset is the member's own, within
+    the site's stacked A, so that member 0's is where the stack starts even if its rank is 0.
     scales: (sites, max_slots, max_members) float32 on the device.
     """
 
@@ -204,11 +205,10 @@ class Bank:
         for index, block in blocks.items():
             a, width = block.a, self.sites[index].in_features
             for m, (rank, scale, b) in enumerate(zip(block.ranks, block.scales, block.b, strict=True)):
-                if rank:
-                    at = index * members + m
-                    rows[3 * at : 3 * at + 3] = (a, b, rank)
-                    scales[at] = scale
-                    a += rank * width
+                at = index * members + m
+                rows[3 * at : 3 * at + 3] = (a, b, rank)
+                scales[at] = scale
+                a += rank * width
         return (
             torch.tensor(rows, dtype=torch.int64).view(num_sites, members, 3),
             torch.tensor(scales, dtype=torch.float32).view(num_sites, members),

@@ -48,11 +48,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class AdapterMove:
-    """Put an adapter into a device slot. The slot's former tenant is no longer used by any request."""
+    """Put an adapter into a device slot."""
 
     ref: AdapterRef
     slot: int
-    evicts: AdapterRef | None = None
+    empties: tuple[int, ...] = ()
+    """Slots to empty first, `slot` among them if it has a tenant; no request uses their tenants any more.
+
+    More than one when the bytes of several small adapters make room for a large one.
+    """
 
 
 @dataclass(slots=True)

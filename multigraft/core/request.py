@@ -129,20 +129,22 @@ class Request:
 
     __slots__ = (
         "adapter",
+        "arrival",
         "finish_reason",
         "id",
         "max_len",
         "num_cached",
         "num_computed",
         "num_preemptions",
-        "page_hashes",
+        "page_keys",
         "pages",
         "priority",
         "prompt_len",
         "sampling",
+        "slot",
         "tokens",
         "use_prefix_cache",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -165,7 +167,9 @@ class Request:
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens taken from the prefix index at admission
         self.pages: list[int] = []
-        self.page_hashes: list[int] = []  # chained hashes of the full pages; kept by kvcache.pages
+        self.page_keys: list[int] = []  # prefix index entries of its full pages; kept by kvcache.pages
+        self.slot: int | None = None  # device slot of its adapter, while it runs and needs_adapter
+        self.arrival = 0  # order in which scheduling saw it
         self.finish_reason: FinishReason | None = None
         self.num_preemptions = 0
         # Prompt log-probabilities need the logits of every prompt position, so nothing may be skipped.

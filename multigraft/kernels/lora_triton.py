@@ -39,7 +39,7 @@ SHRINK = {
 EXPAND = {
     1: {"BLOCK_R": 16, "BLOCK_N": 512, "num_warps": 4, "num_stages": 1},
     16: {"BLOCK_R": 16, "BLOCK_N": 256, "num_warps": 4, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 1},
 }
 OUTER = {
     16: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},

@@ -95,6 +95,46 @@ def test_embedding(lora_case):
     assert torch.equal(case.y[case.gap_rows()], before[case.gap_rows()])
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_gpu_ops_agree_with_the_cpus(mixed_case):
+    case = mixed_case(device="cuda")
+    g = torch.randn_like(case.y)
+    results = []
+    for device in ("cuda", "cpu"):
+        x, arena = (t.detach().to(device).requires_grad_() for t in (case.x, case.arena))
+        table, scales, tiles, *rest = arguments(case)
+        delta = segmented_lora(x, arena, table.to(device), scales.to(device), tiles.to(device), *rest)
+        results.append([t.cpu() for t in (delta.detach(), *torch.autograd.grad(delta, (x, arena), g.to(device)))])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 2e-6 * expected.norm()
+
+
+@needs_gpu
+def test_captured_launch_serves_other_tiles(mixed_case):
+    """What a CUDA graph of a decode step relies on: the next step differs only in what the buffers hold."""
+    case = mixed_case(device="cuda")
+    args = [case.x.nan_to_num(), case.arena, *arguments(case)]
+    tiles = args[4]
+    y = case.y.clone()
+    segmented_lora_(y, *args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        segmented_lora_(y, *args)
+    case.segments = [(5, 9, 3), (30, 47, 2)]
+    tiles.fill_(-1)
+    other = case.tiles(16, spare=0)
+    tiles[: len(other)] = other
+    y.copy_(case.y)
+    graph.replay()
+    expected = case.y.clone()
+    segmented_lora_(expected, *args)
+    assert torch.equal(y, expected) and not torch.equal(y, case.y)
+
+
 @pytest.mark.parametrize("block_m", [1, 3, 16])
 def test_tiles_cover_every_row_once_in_the_slots_order(block_m):
     torch.manual_seed(block_m)

@@ -1,0 +1,340 @@
+"""The segmented LoRA kernels on one GPU at Llama-3.1-8B's shapes: checked against float32, then timed.
+
+Each row: the floor (bytes that must move at 3.0 TB/s, or operations at 800 TFLOP/s, the larger; every adapter, x and
+y counted once, y read and written), our time, their ratio, and torch's grouped_mm (unfused: shrink, expand, add; equal
+ranks only). Times are medians of CUDA graph replays, divided by the calls in the graph, whose inputs rotate through
+more memory than the L2 holds.
+
+    python -m benchmarks.gpu.lora_kernels [--only decode prefill train] [--tune] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import finish
+from multigraft.kernels import lora_reference, lora_triton
+from multigraft.kernels.lora import segmented_lora, segmented_lora_, segmented_lora_backward
+from multigraft.kernels.tiles import build_tiles, choose_block_m
+
+SITES = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate_up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
+BYTES_PER_S = 3.0e12
+FLOP_PER_S = 800e12
+ROTATED_BYTES = 200e6
+DECODE_ROWS, PREFILL_ROWS = 256, 8192
+MIXED = (8, 16, 24, 32, 64, 128)
+TOLERANCE = 1e-2
+"""Relative error that bf16 explains."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    site: str
+    num_rows: int
+    ranks: tuple[int, ...]
+    """Of each adapter, on every member."""
+    block_m: int
+
+    @property
+    def widths(self) -> tuple[int, tuple[int, ...]]:
+        return SITES[self.site]
+
+    @property
+    def factor_elements(self) -> int:
+        n_in, outs = self.widths
+        return sum(self.ranks) * (len(outs) * n_in + sum(outs))
+
+    @property
+    def num_bytes(self) -> int:
+        n_in, outs = self.widths
+        return 2 * (self.factor_elements + self.num_rows * (n_in + 2 * sum(outs)))
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.num_rows * self.factor_elements / len(self.ranks)
+
+    @property
+    def floor_us(self) -> float:
+        return 1e6 * max(self.num_bytes / BYTES_PER_S, self.flops / FLOP_PER_S)
+
+    @property
+    def copies(self) -> int:
+        return min(32, 1 + int(ROTATED_BYTES / self.num_bytes))
+
+    def segments(self) -> torch.Tensor:
+        bounds = torch.linspace(0, self.num_rows, len(self.ranks) + 1).long()
+        return torch.stack([bounds[:-1], bounds[1:]], dim=1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: torch.Tensor
+    y: torch.Tensor
+    arena: torch.Tensor
+    tables: tuple[Any, ...]
+    """The op's arguments after arena."""
+
+    @classmethod
+    def random(cls, shape: Shape) -> Inputs:
+        n_in, outs = shape.widths
+        table, offset = [], 0
+        for rank in shape.ranks:
+            a, b = offset, offset + rank * n_in * len(outs)
+            entry = []
+            for out in outs:
+                entry.append((a, b, rank))
+                a, b = a + rank * n_in, b + rank * out
+            table.append(entry)
+            offset = b
+        # A decode step's table has room for an adapter a row, as the graph of any decode step must.
+        num_tiles = shape.num_rows if shape.num_rows == DECODE_ROWS else None
+        tiles = build_tiles(shape.segments(), torch.randperm(len(shape.ranks)), shape.block_m, num_tiles)
+        on_gpu = {"device": "cuda", "dtype": torch.bfloat16}
+        return cls(
+            x=torch.randn(shape.num_rows, n_in, **on_gpu),
+            y=torch.randn(shape.num_rows, sum(outs), **on_gpu) * 0.1,
+            arena=torch.randn(offset, **on_gpu) * 0.02,
+            tables=(
+                torch.tensor(table, device="cuda"),
+                torch.rand(len(table), len(outs), device="cuda") + 0.5,
+                tiles.cuda(),
+                list(outs),
+                shape.block_m,
+                max(shape.ranks),
+            ),
+        )
+
+    def check(self) -> float:
+        """Relative error of y += ... against float32."""
+        table, scales, tiles, outs = self.tables[:4]
+        y, ref = self.y.clone(), self.y.float()
+        segmented_lora_(y, self.x, self.arena, *self.tables)
+        lora_reference.forward(ref, self.x.float(), self.arena, table.cpu(), scales.cpu(), tiles, outs)
+        return relative_error(y, ref)
+
+
+def relative_error(actual: torch.Tensor, ref: torch.Tensor) -> float:
+    return float((actual.float() - ref).norm() / ref.norm())
+
+
+def graph_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one call, in microseconds."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return 1e3 * triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median") / len(calls)
+
+
+def grouped_mm_us(shape: Shape) -> float:
+    """The same work through torch.nn.functional.grouped_mm, factors laid out as it likes them."""
+    n_in, outs = shape.widths
+    rank, num = shape.ranks[0], len(shape.ranks)
+    ends = shape.segments()[:, 1].int().cuda()
+    on_gpu = {"device": "cuda", "dtype": torch.bfloat16}
+
+    def one() -> Callable[[], None]:
+        x, y = torch.randn(shape.num_rows, n_in, **on_gpu), torch.randn(shape.num_rows, sum(outs), **on_gpu)
+        a = torch.randn(num, rank * len(outs), n_in, **on_gpu).transpose(1, 2)
+        b = [torch.randn(num, rank, out, **on_gpu) for out in outs]
+
+        def call() -> None:
+            h = F.grouped_mm(x, a, offs=ends).split(rank, dim=1)
+            for part, h_m, b_m in zip(y.split(outs, dim=1), h, b, strict=True):
+                part.add_(F.grouped_mm(h_m.contiguous(), b_m, offs=ends), alpha=0.5)
+
+        return call
+
+    return graph_us([one() for _ in range(shape.copies)])
+
+
+def decode_shapes() -> Iterator[Shape]:
+    for site in SITES:
+        for num in (1, 16, 64, 256):
+            for rank in (8, 64):
+                yield Shape(site, DECODE_ROWS, (rank,) * num, 16)
+                if num >= 64:
+                    yield Shape(site, DECODE_ROWS, (rank,) * num, 1)
+        yield Shape(site, DECODE_ROWS, tuple(MIXED[i % len(MIXED)] for i in range(64)), 16)
+
+
+def prefill_shapes() -> Iterator[Shape]:
+    for site in SITES:
+        rows = PREFILL_ROWS
+        for num in (1, 16, 64):
+            yield Shape(site, rows, (8,) * num, choose_block_m(rows, num))
+        yield Shape(site, rows, (64,) * 16, choose_block_m(rows, 16))
+        yield Shape(site, rows, tuple(MIXED[i % len(MIXED)] for i in range(16)), choose_block_m(rows, 16))
+
+
+def inference_row(kind: str, shape: Shape) -> dict[str, Any]:
+    inputs = [Inputs.random(shape) for _ in range(shape.copies)]
+    error = inputs[0].check()
+    us = graph_us([lambda i=i: segmented_lora_(i.y, i.x, i.arena, *i.tables) for i in inputs])
+    del inputs
+    equal = len(set(shape.ranks)) == 1
+    grouped = grouped_mm_us(shape) if equal and shape.block_m > 1 else None
+    return {**describe(kind, shape), "us": us, "ratio": us / shape.floor_us, "grouped_us": grouped, "error": error}
+
+
+def describe(kind: str, shape: Shape) -> dict[str, Any]:
+    rank = shape.ranks[0] if len(set(shape.ranks)) == 1 else f"{min(shape.ranks)}-{max(shape.ranks)}"
+    return {
+        "kind": kind,
+        "site": shape.site,
+        "adapters": len(shape.ranks),
+        "rank": rank,
+        "block_m": shape.block_m,
+        "mb": shape.num_bytes / 1e6,
+        "gflop": shape.flops / 1e9,
+        "floor_us": shape.floor_us,
+    }
+
+
+def training_rows() -> Iterator[dict[str, Any]]:
+    """Forward (functional) and backward of one site. Floors: inputs read once and outputs written once."""
+    for site, (n_in, outs) in SITES.items():
+        for num in (1, 4):
+            shape = Shape(site, PREFILL_ROWS, (16,) * num, 64)
+            i = Inputs.random(shape)
+            g = torch.randn_like(i.y)
+            table, scales, tiles = (t.cpu() for t in i.tables[:3])
+            ref = lora_reference.backward(g.float(), i.x.float(), i.arena.float(), table, scales, tiles, outs)
+            got = segmented_lora_backward(g, i.x, i.arena, *i.tables, True, True)
+            error = max(relative_error(a, r) for a, r in zip(got, ref, strict=True))
+            rows_bytes, factor_bytes = 2 * PREFILL_ROWS * (n_in + sum(outs)), 2 * shape.factor_elements
+            forward, backward = rows_bytes + factor_bytes, rows_bytes + 2 * PREFILL_ROWS * n_in + 2 * factor_bytes
+            calls = {
+                "train fwd": (forward, shape.flops, lambda i=i: segmented_lora(i.x, i.arena, *i.tables)),
+                "train bwd": (
+                    backward,
+                    2.5 * shape.flops,  # h again, u, d_x, d_A, d_B: five products of the forward pass's two
+                    lambda i=i, g=g: segmented_lora_backward(g, i.x, i.arena, *i.tables, True, True),
+                ),
+            }
+            for kind, (num_bytes, flops, call) in calls.items():
+                us, floor = graph_us([call]), 1e6 * max(num_bytes / BYTES_PER_S, flops / FLOP_PER_S)
+                sizes = {"mb": num_bytes / 1e6, "gflop": flops / 1e9, "floor_us": floor}
+                yield {**describe(kind, shape), **sizes, "us": us, "ratio": us / floor, "error": error}
+
+
+def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
+    """choices: BLOCK_R, the other block, warps, stages, and for shrink CHUNK."""
+    names = ("BLOCK_R", block, "num_warps", "num_stages", "CHUNK")
+    return [dict(zip(names, c, strict=False)) for c in choices]
+
+
+CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
+    ("SHRINK", 1): options("BLOCK_K", (8, 256, 4, 1, 512), (16, 256, 4, 1, 1024), (8, 512, 4, 1, 1024)),
+    ("SHRINK", 16): options(
+        "BLOCK_K",
+        *((16, 128, 4, 4, 512), (32, 256, 4, 2, 512), (32, 256, 4, 3, 1024), (32, 128, 2, 4, 512)),
+        *((32, 64, 4, 6, 512), (64, 128, 4, 4, 512), (32, 128, 4, 4, 1024)),
+    ),
+    ("SHRINK", 64): options(
+        "BLOCK_K",
+        *((32, 64, 4, 4, 2048), (64, 64, 4, 4, 1024), (64, 128, 4, 3, 2048), (32, 128, 4, 3, 1024)),
+        *((64, 64, 8, 4, 2048), (128, 64, 8, 4, 2048)),
+    ),
+    ("EXPAND", 1): options("BLOCK_N", (8, 512, 4, 1), (8, 1024, 4, 1), (16, 256, 4, 1), (8, 256, 2, 1)),
+    ("EXPAND", 16): options(
+        "BLOCK_N",
+        *((16, 128, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (32, 256, 4, 1), (16, 128, 2, 1)),
+    ),
+    ("EXPAND", 64): options(
+        "BLOCK_N",
+        *((16, 128, 4, 1), (32, 256, 8, 1), (32, 64, 4, 1), (32, 128, 8, 1), (64, 128, 8, 1)),
+    ),
+}
+
+
+def tuning_rows() -> Iterator[dict[str, Any]]:
+    """Shrink and expand alone, summed over one layer's sites, for the present options (first) and the candidates."""
+    for (kernel, block_m), candidates in CANDIDATES.items():
+        table = getattr(lora_triton, kernel)
+        present = table[block_m]
+        num_rows = PREFILL_ROWS if block_m == 64 else DECODE_ROWS
+        for choice in (present, *candidates):
+            table[block_m] = choice
+            row: dict[str, Any] = {"kernel": kernel, "block_m": block_m, **choice}
+            for num, rank in ((64, 8), (16, 64)) if block_m > 1 else ((64, 8), (256, 8)):
+                shapes = [Shape(site, num_rows, (rank,) * num, block_m) for site in SITES]
+                row[f"us_{num}x{rank}"] = sum(kernel_us(kernel, shape) for shape in shapes)
+            yield row
+        table[block_m] = present
+
+
+def kernel_us(kernel: str, shape: Shape) -> float:
+    n_in, outs = shape.widths
+    calls: list[Callable[[], object]] = []
+    for _ in range(shape.copies):
+        i = Inputs.random(shape)
+        table, scales, tiles, _, block_m, max_rank = i.tables
+        work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
+        h = lora_triton.shrink(i.x, i.arena, work, "a", [n_in])
+        if kernel == "SHRINK":
+            calls.append(lambda i=i, work=work: lora_triton.shrink(i.x, i.arena, work, "a", [n_in]))
+        else:
+            calls.append(lambda i=i, h=h, work=work: lora_triton.expand(i.y, h, i.arena, work, "b", outs))
+    return graph_us(calls)
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for name in dict.fromkeys(k for row in rows for k in row):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = (row.get(c.header) for c in table.columns)
+        table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in cells))
+    Console(width=160).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=("decode", "prefill", "train"), default=["decode", "prefill", "train"]
+    )
+    parser.add_argument("--tune", action="store_true", help="also time other block sizes")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    if "decode" in args.only:
+        rows += [inference_row("decode", s) for s in decode_shapes()]
+    if "prefill" in args.only:
+        rows += [inference_row("prefill", s) for s in prefill_shapes()]
+    if "train" in args.only:
+        rows += training_rows()
+    show(rows, "Segmented LoRA")
+    if args.tune:
+        tuned = list(tuning_rows())
+        show(tuned, "Block sizes: sum over a layer's sites; the first of each kernel is in use")
+        rows += tuned
+    seconds = time.perf_counter() - start
+    finish("lora_kernels", {"triton": triton.__version__, "seconds": seconds}, rows, save=args.save)
+    wrong = [row for row in rows if not row.get("error", 0.0) < TOLERANCE]  # NaN is wrong, too
+    if wrong:
+        sys.exit(f"wrong results: {wrong}")
+
+
+if __name__ == "__main__":
+    main()
