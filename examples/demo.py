@@ -29,7 +29,7 @@ from multigraft.models.gguf import packaged_smollm2
 
 ADAPTERS = Path(__file__).parent / "adapters"
 BASE = "smollm2"
-PROMPTS = ("What is the capital of Italy?", "How do I make a cup of coffee?", "What should I eat for breakfast?")
+PROMPTS = ("Who wrote Romeo and Juliet?", "How do I make a cup of coffee?", "What should I eat for breakfast?")
 BURST = 32  # requests
 BURST_TOKENS = 64  # of output for each of them
 START_LIMIT_S = 300.0
