@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from multigraft.core.errors import ModelNotSupported
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 MULTIMODAL = ("vision_config", "audio_config", "speech_config", "image_token_id", "vision_tower")
 
 
@@ -41,6 +42,9 @@ def _unsupported(config: PretrainedConfig, architecture: str) -> str | None:
         return "some of its layers share their keys and values"
     if other := set(fields.get("layer_types") or ()) - LAYER_TYPES:
         return f"it has layers of type {', '.join(sorted(other))}"
+    rope = {v for k, v in _fields(config.to_dict()) if k == "rope_type"} & BATCH_DEPENDENT_ROPE
+    if rope:
+        return f"its rotary embedding ({rope.pop()}) depends on the longest request of a batch, and so would answers"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         # The hub repository's own code, which the user chose to trust, or no language model at all.
         return None if "AutoModelForCausalLM" in getattr(config, "auto_map", {}) else "it is no causal language model"
