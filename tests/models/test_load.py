@@ -144,7 +144,14 @@ def test_a_missing_tokenizer_is_named(tmp_path, llama):
     ("config", "reason"),
     [
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary embedding"),
+        (
+            {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0},
+            },
+            "rotary embedding",
+        ),
         ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "mixture of experts"),
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts"),
         ({"model_type": "dbrx", "architectures": ["DbrxForCausalLM"]}, "mixture of experts"),
