@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from multigraft.core.errors import AdapterError
-from multigraft.core.request import Scope
+from multigraft.core.errors import AdapterError, InvalidRequest
+from multigraft.core.region import Region, Scope, as_scope
 
 from .fields import Fields
 from .lora import Lora
@@ -44,6 +44,7 @@ class AdapterSpec:
 
     folder: Path
     scope: Scope
+    region: Region
     plan: Plan
     base_model: str | None
     """The base model as the adapter names it: a hint, since the same model has many names."""
@@ -66,9 +67,7 @@ def inspect(folder: str | Path, sites: Sequence[Site], *, max_rank: int) -> Adap
         fields = Fields(_read_config(folder / CONFIG))
         fields.ignore("task_type", "inference_mode", "revision", "auto_mapping", "peft_version")
         base_model = fields.take("base_model_name_or_path")
-        scope = fields.take("adapter_scope", Scope.ALL.value)
-        if scope not in [s.value for s in Scope]:
-            raise AdapterError(f"adapter_scope is {scope!r}; it must be {' or '.join(repr(s.value) for s in Scope)}.")
+        scope = as_scope(fields.take("adapter_scope"), "adapter_scope")
         peft_type = fields.take("peft_type")
         method = METHODS.get(peft_type) if isinstance(peft_type, str) else None
         if method is None:
@@ -76,7 +75,14 @@ def inspect(folder: str | Path, sites: Sequence[Site], *, max_rank: int) -> Adap
         parsed = method.parse(fields)
         fields.finish()
         plan = parsed.plan(_read_shapes(folder / WEIGHTS), sites, max_rank=max_rank)
-        return AdapterSpec(folder=folder, scope=Scope(scope), plan=plan, base_model=base_model, fingerprint=fingerprint)
+        return AdapterSpec(
+            folder=folder,
+            scope=parsed.region.check(scope or parsed.region.scopes[0]),
+            region=parsed.region,
+            plan=plan,
+            base_model=base_model,
+            fingerprint=fingerprint,
+        )
 
 
 def read(
@@ -157,7 +163,7 @@ def _blame(folder: Path) -> Iterator[None]:
     """Say which adapter an error is about."""
     try:
         yield
-    except AdapterError as e:
+    except (AdapterError, InvalidRequest) as e:
         raise AdapterError(f"Adapter at {folder}: {e.message}") from e
     except OSError as e:
         raise AdapterError(f"Adapter at {folder}: cannot read {e.filename or 'its files'}: {e.strerror}.") from e

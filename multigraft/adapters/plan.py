@@ -10,6 +10,7 @@ from typing import Protocol, Self
 import torch
 
 from multigraft.core.errors import AdapterError
+from multigraft.core.region import Region
 
 from .fields import Fields
 from .site import PackedAdapter, Site, SiteBlock
@@ -55,6 +56,11 @@ class Plan:
 
 class Method(Protocol):
     """An adapter method, as parsed from one adapter's config. A new method is one file and a line in peft_files."""
+
+    @property
+    def region(self) -> Region:
+        """Where it acts, within its scope."""
+        ...
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
