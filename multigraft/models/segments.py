@@ -153,6 +153,8 @@ class CudaGrafts:
         assert tiles is not None
         if where.kind is SiteKind.EMBEDDING:
             add_embedding(bank, site, y, x, tiles.segments)
+        elif where.kind is SiteKind.RESIDUAL:
+            add_residual(bank, site, y, tiles.segments)
         elif tiles.segments and bank.entries(site):
             members = len(where.members)
             segmented_lora_(
@@ -183,6 +185,14 @@ def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
     runs = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True) if a < b]
     return [run for run in runs if run[2] != NO_SLOT]
+
+
+def add_residual(slots: Slots, site: int, h: torch.Tensor, segments: list[tuple[int, int, int]]) -> None:
+    """ReFT, segment by segment; a kernel for it would take the tiles as segmented_lora_ does."""
+    for start, stop, slot in segments:
+        f = slots.factors(site, slot)
+        if f is not None:
+            add_segment(h[start:stop], h[start:stop], f)
 
 
 def add_embedding(
