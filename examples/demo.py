@@ -29,7 +29,7 @@ from multigraft.models.gguf import packaged_smollm2
 
 ADAPTERS = Path(__file__).parent / "adapters"
 BASE = "smollm2"
-PROMPTS = ("What is the capital of Italy?", "How do I make a cup of coffee?", "Where do penguins live?")
+PROMPTS = ("Who wrote Romeo and Juliet?", "How do I make a cup of coffee?", "What should I eat for breakfast?")
 BURST = 32  # requests
 BURST_TOKENS = 64  # of output for each of them
 START_LIMIT_S = 300.0
@@ -148,7 +148,7 @@ def show_throughput(server: Server, models: list[str], pool: ThreadPoolExecutor)
 
 
 def curl_line(url: str) -> str:
-    body = {"model": "pirate", "messages": [{"role": "user", "content": "Tell me about the moon."}]}
+    body = {"model": "pirate", "messages": [{"role": "user", "content": "Tell me about the moon."}], "temperature": 0}
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 

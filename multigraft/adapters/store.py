@@ -20,6 +20,7 @@ from multigraft.core.config import AdapterConfig
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
 from multigraft.core.region import Scope
 from multigraft.core.request import AdapterRef
+from multigraft.kernels.openmp import release_pool
 
 from . import peft_files
 from .peft_files import CONFIG, AdapterSpec
@@ -306,7 +307,10 @@ class AdapterStore:
         return _Version(ref, spec), packed
 
     def _read(self, spec: AdapterSpec) -> PackedAdapter:
-        return peft_files.read(spec, self._dtype, pin=self._pin, base_parameter=self._base_parameter)
+        try:
+            return peft_files.read(spec, self._dtype, pin=self._pin, base_parameter=self._base_parameter)
+        finally:
+            release_pool()  # these threads come and go; the engine's is the one that computes
 
     def _adopt(self, name: str, version: _Version, packed: PackedAdapter | None) -> AdapterRef:
         """Make a version its name's current one."""

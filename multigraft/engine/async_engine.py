@@ -22,6 +22,7 @@ from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
 from multigraft.engine.parts import EngineParts, build
 from multigraft.engine.structured import Matcher
+from multigraft.kernels.openmp import release_pool
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class AsyncEngine:
     @classmethod
     async def start(cls, config: EngineConfig, progress: Callable[[str], None] = log.info) -> AsyncEngine:
         """Load everything off the loop, then run. Raises MultigraftError for what the user can mend."""
-        parts = await asyncio.to_thread(build, config, progress)
+        parts = await asyncio.to_thread(_build, config, progress)
+        release_pool()
         engine = cls(parts)
         engine._core.start()
         return engine
@@ -278,6 +280,13 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._core.stop, 30.0)
         await asyncio.to_thread(self.parts.store.close)
+
+
+def _build(config: EngineConfig, progress: Callable[[str], None]) -> EngineParts:
+    try:
+        return build(config, progress)
+    finally:
+        release_pool()  # the engine's thread has the cores to itself
 
 
 def _deliver(outputs: list[tuple[asyncio.Queue[Output], Output]]) -> None:

@@ -16,6 +16,7 @@ from multigraft.core.region import Scope, as_scope
 from multigraft.core.request import FinishReason, Output, SamplingParams, TokenLogprobs
 from multigraft.engine.async_engine import AsyncEngine
 from multigraft.engine.client import EngineStats, ModelCard
+from multigraft.kernels.openmp import release_pool
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ class Engine:
 
     def __init__(self, model: str | EngineConfig, **settings: Any):
         config = model if isinstance(model, EngineConfig) else make_config(model, **settings)
+        release_pool()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="multigraft-loop", daemon=True)
         self._thread.start()

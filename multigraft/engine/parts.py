@@ -196,6 +196,7 @@ def _keep_freed_memory() -> None:
     36 % of a 2,048-token prefill of SmolLM2 (628 ms against 400 ms on 2 cores)."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_arena_max, 1)  # other threads' arenas give memory back whatever the threshold

@@ -112,6 +112,8 @@ class SdpaBackend:
             k_cache.index_fill_(0, self._fresh, 0)
             v_cache.index_fill_(0, self._fresh, 0)
         self.kv.write(layer, self._rows, k_TKD, v_TKD)
+        if len(self._decode) == 1 and not self._prefill:
+            return self._attend_decode(self._decode[0], layer, q_THD, scaling, window, softcap)
         out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         for p in self._prefill:
             rows = slice(p.first, p.first + p.num * p.length)
@@ -126,12 +128,17 @@ class SdpaBackend:
             o = _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scaling, softcap)
             out[rows] = o.transpose(1, 2).flatten(0, 1)
         for d in self._decode:
-            k, v = (c.index_select(0, d.pages).view(len(d.lengths), -1, *k_cache.shape[2:]) for c in (k_cache, v_cache))
-            # The query heads that share a key head become its query positions: no repeated keys.
-            q = q_THD[d.rows].unflatten(1, (k.shape[2], -1))
-            o = _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), self._decode_mask(d, window, q), scaling, softcap)
-            out[d.rows] = o.flatten(1, 2)
+            out[d.rows] = self._attend_decode(d, layer, q_THD[d.rows], scaling, window, softcap)
         return out
+
+    def _attend_decode(
+        self, d: _Decode, layer: int, q_BHD: torch.Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> torch.Tensor:
+        pages = (cache[layer].index_select(0, d.pages) for cache in (self.kv.k, self.kv.v))
+        k, v = (p.view(len(d.lengths), -1, *p.shape[2:]).transpose(1, 2) for p in pages)
+        # The query heads that share a key head become its query positions: no repeated keys.
+        q = q_BHD.unflatten(1, (k.shape[1], -1))
+        return _sdpa(q, k, v, self._decode_mask(d, window, q), scaling, softcap).flatten(1, 2)
 
     def _prefill_mask(self, p: _Prefill, window: int | None, q: torch.Tensor) -> torch.Tensor:
         if window not in p.masks:

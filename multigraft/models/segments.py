@@ -11,7 +11,7 @@ import torch
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora import segmented_lora_
-from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_segment
+from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_equal_segments, add_segment
 from multigraft.kernels.tiles import build_tiles, choose_block_m
 
 NO_SLOT = -1
@@ -37,7 +37,7 @@ class _Rows:
 
     def __init__(self, row_slot: np.ndarray):
         self.segments = cut_segments(row_slot)
-        self.wide = [s for s in self.segments if s[1] - s[0] >= WIDE_ROWS]
+        self.wide = _equal_runs([s for s in self.segments if s[1] - s[0] >= WIDE_ROWS])
         narrow = [np.arange(a, b) for a, b, _ in self.segments if b - a < WIDE_ROWS]
         rows = np.concatenate(narrow) if narrow else np.empty(0, dtype=np.int64)
         self.narrow_slot = row_slot[rows]
@@ -46,7 +46,7 @@ class _Rows:
             slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else torch.from_numpy(rows)
         )
         self.slots = sorted(set(self.narrow_slot.tolist()))
-        self.ownership: dict[tuple[object, ...], Ownership] = {}
+        self.ownership: dict[int, Ownership] = {}
 
 
 class CpuGrafts:
@@ -90,10 +90,8 @@ class CpuGrafts:
         if where.kind is SiteKind.EMBEDDING:
             add_embedding(self.slots, site, y, x, rows.segments)
             return
-        for start, stop, slot in rows.wide:
-            factors = self.slots.factors(site, slot)
-            if factors is not None:
-                add_segment(y[start:stop], x[start:stop], factors)
+        for run in rows.wide:
+            self._add_wide(site, y, x, run)
         if not rows.slots:
             return
         pack = self._pack(site)
@@ -107,6 +105,18 @@ class CpuGrafts:
             pack.add(part, x[rows.narrow], own, where.out_features)
             y[rows.narrow] = part
 
+    def _add_wide(self, site: int, y: torch.Tensor, x: torch.Tensor, run: list[tuple[int, int, int]]) -> None:
+        """Adjacent segments of equal length: together where their adapters have equal ranks and scales."""
+        found = [self.slots.factors(site, slot) for _, _, slot in run]
+        alike = {(f.ranks, f.scales, f.c is None) if f else None for f in found}
+        if len(run) > 1 and len(alike) == 1 and None not in alike:
+            start, stop = run[0][0], run[-1][1]
+            add_equal_segments(y[start:stop], x[start:stop], [f for f in found if f])
+            return
+        for (start, stop, _), factors in zip(run, found, strict=True):
+            if factors is not None:
+                add_segment(y[start:stop], x[start:stop], factors)
+
     def _pack(self, site: int) -> RankPack | None:
         if site not in self._packs:
             factors = [self.slots.factors(site, slot) for slot in self._packed]
@@ -114,13 +124,13 @@ class CpuGrafts:
         return self._packs[site]
 
     def _ownership(self, rows: _Rows, pack: RankPack, dtype: torch.dtype) -> Ownership:
-        own = rows.ownership.get(pack.pattern)
+        own = rows.ownership.get(pack.pattern_hash)
         if own is None:
             # A slot not packed as it is now has no factors at the head, the only site whose rows may bring such a one.
             current = (self._generations[slot] == self.slots.generation(slot) for slot in self._packed)
             position = {slot: i for i, (slot, ok) in enumerate(zip(self._packed, current, strict=True)) if ok}
             row_adapter = torch.tensor([position.get(s, NO_SLOT) for s in rows.narrow_slot.tolist()])
-            own = rows.ownership[pack.pattern] = pack.ownership(row_adapter, dtype)
+            own = rows.ownership[pack.pattern_hash] = pack.ownership(row_adapter, dtype)
         return own
 
 
@@ -193,6 +203,18 @@ def add_residual(slots: Slots, site: int, h: torch.Tensor, segments: list[tuple[
         f = slots.factors(site, slot)
         if f is not None:
             add_segment(h[start:stop], h[start:stop], f)
+
+
+def _equal_runs(segments: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Adjacent segments of one length together."""
+    runs: list[list[tuple[int, int, int]]] = []
+    for segment in segments:
+        last = runs[-1][-1] if runs else None
+        if last and last[1] == segment[0] and last[1] - last[0] == segment[1] - segment[0]:
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    return runs
 
 
 def add_embedding(

@@ -1,0 +1,34 @@
+"""Keeps OpenMP's threads to one pool, so that it does not slow itself down.
+
+GNU's OpenMP gives each host thread that runs a parallel operation a pool of its own, which stays. As soon as all pools
+together have more threads than there are cores, it stops spinning between operations and sleeps instead, in every
+pool: on 2 cores 30 linears of 32 × 576 × 576 took 4.3 ms in place of 1.55. So a host thread that has done its torch
+work hands its pool back, and the engine's thread alone keeps one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+_PAUSE_HARD = 2
+"""omp_pause_hard of the OpenMP 5.0 specification, section 3.2.44."""
+
+
+def release_pool() -> None:
+    """End the calling thread's OpenMP pool; its next parallel operation makes a new one. Does nothing elsewhere than
+    on Linux with GNU's OpenMP."""
+    library = _gnu_openmp()
+    if library is not None:
+        library.omp_pause_resource_all(_PAUSE_HARD)
+
+
+@cache
+def _gnu_openmp() -> ctypes.CDLL | None:
+    """The copy that torch has loaded, whatever its file is called."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
+    return ctypes.CDLL(paths.pop()) if len(paths) == 1 else None
