@@ -94,14 +94,6 @@ def test_preempted_equals_undisturbed(llama: World) -> None:
             assert engine.stats().preemptions > 0
 
 
-def test_equal_prompts_side_by_side(llama: World) -> None:
-    """They take the batched product of equal segments, with the bias in it."""
-    rng = random.Random(4)
-    jobs = [(name, prompt_of(rng, 20)) for name in ("loreft-all", "noreft-all", "nodireft-all", "direft-all") * 2]
-    with llama.engine("prefill") as engine:
-        assert answers(engine, jobs) == [llama.expected(name, prompt, "prefill") for name, prompt in jobs]
-
-
 def test_compiled_layers_equal_eager(llama: World) -> None:
     jobs = make_jobs(llama)[:12]
     with llama.engine("all", compile=True) as engine:
