@@ -18,7 +18,7 @@ ALLOWED = {
     "engine": {"core", "kvcache", "scheduling", "kernels", "adapters", "models"},
     "metrics": {"core", "engine.client"},
     "server": {"core", "metrics", "engine.client"},
-    "cli": {"core", "server", "engine"},
+    "cli": {"core", "server", "engine", "adapters"},
 }
 
 

@@ -45,7 +45,12 @@ class _Tenant:
     def absolute(self) -> dict[int, SiteBlock]:
         """`sites` with offsets into the arena."""
         return {
-            index: replace(block, a=block.a + self.start, b=tuple(b + self.start for b in block.b))
+            index: replace(
+                block,
+                a=block.a + self.start,
+                b=tuple(b + self.start for b in block.b),
+                c=None if block.c is None else block.c + self.start,
+            )
             for index, block in self.sites.items()
         }
 
@@ -178,6 +183,7 @@ class Bank:
             b=tuple(self._matrix(offset, rank, out) for offset, rank, out in parts),
             ranks=block.ranks,
             scales=block.scales,
+            c=None if block.c is None else self._matrix(block.c, 1, sum(block.ranks))[0],
         )
 
     def _matrix(self, offset: int, rows: int, cols: int) -> torch.Tensor:

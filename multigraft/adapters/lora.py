@@ -1,5 +1,6 @@
 """LoRA and rsLoRA: y = W x + s · B (A x), with s = alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
 
+Activated LoRA (arXiv 2504.12397) is LoRA that acts from an invocation sequence in the prompt on.
 The scale is kept beside the factors and applied by the kernels, once; it is never folded into the weights.
 Field meanings are those of peft 0.21 (tuners/lora/config.py, layer.py).
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multigraft.core.errors import AdapterError
+from multigraft.core.region import EVERYWHERE, FromInvocation, Region
 
 from .fields import Fields, is_count, is_number
 from .plan import BaseCopy, MemberFactors, Plan, lay_out
@@ -44,7 +46,6 @@ REFUSED = {
     "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
     "layer_replication": "repeated layers are not supported",
-    "alora_invocation_tokens": "activated LoRA is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "use_qalora": "QA-LoRA's pooled inputs are not supported",
     "megatron_config": "Megatron's parallel layers are not supported",
@@ -68,6 +69,7 @@ class Lora:
     rank_pattern: PatternTable
     alpha_pattern: PatternTable
     targets: Targets
+    region: Region
 
     @classmethod
     def parse(cls, fields: Fields) -> Lora:
@@ -90,6 +92,7 @@ class Lora:
             rank_pattern=PatternTable.parse(fields, "rank_pattern", is_count, "positive integers"),
             alpha_pattern=PatternTable.parse(fields, "alpha_pattern", is_number, "finite numbers"),
             targets=Targets.parse(fields),
+            region=_region(fields),
         )
 
     def rank_of(self, path: str) -> int:
@@ -100,6 +103,7 @@ class Lora:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]], sites: Sequence[Site], *, max_rank: int) -> Plan:
+        sites = [site for site in sites if site.kind in SUFFIXES]
         base = {path: BaseModule(path, site, m) for site in sites for m, path in enumerate(site.members)}
         left = dict(shapes)
         copies = _take_base_copies(left, base)
@@ -123,6 +127,16 @@ class Lora:
         if not modules:
             raise AdapterError("no tensor of a LoRA factor is in the file.")
         return lay_out(sites, modules, copies)
+
+
+def _region(fields: Fields) -> Region:
+    """Everywhere, or for an activated LoRA from its invocation on (peft's calculate_alora_offsets)."""
+    tokens = fields.take("alora_invocation_tokens")
+    if tokens is None:
+        return EVERYWHERE
+    if not isinstance(tokens, list) or not tokens or not all(type(t) is int and t >= 0 for t in tokens):
+        raise AdapterError(f"alora_invocation_tokens must be a list of token ids, got {tokens!r}.")
+    return FromInvocation(tuple(tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Protocol, Self
 import torch
 
 from multigraft.core.errors import AdapterError
+from multigraft.core.region import Region
 
 from .fields import Fields
 from .site import PackedAdapter, Site, SiteBlock
@@ -30,6 +31,8 @@ class Piece:
     offset: int
     """Elements from the block's start."""
     transpose: bool
+    minus: str | None = None
+    """A tensor to subtract from it first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Plan:
     sites: dict[int, SiteBlock]
     pieces: tuple[Piece, ...]
     base_copies: tuple[BaseCopy, ...]
+    orthonormal: tuple[str, ...] = ()
+    """Tensors whose rows the method wants orthonormal."""
     numel: int
     """Elements of the block, a multiple of ALIGN."""
     max_rank: int
@@ -55,6 +60,11 @@ class Plan:
 
 class Method(Protocol):
     """An adapter method, as parsed from one adapter's config. A new method is one file and a line in peft_files."""
+
+    @property
+    def region(self) -> Region:
+        """Where it acts, within its scope."""
+        ...
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
@@ -68,16 +78,22 @@ class Method(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemberFactors:
-    """A module's A (rank, in) and Bᵀ (rank, out), by the keys of the tensors that hold A and B (out, rank)."""
+    """A module's A (rank, in), Bᵀ (rank, out) and c (rank,), by the keys of the tensors that hold them."""
 
     a: str
     b: str
     rank: int
     scale: float
+    b_is_transposed: bool = False
+    """Whether the file holds Bᵀ and not B."""
+    minus: str | None = None
+    """Subtracted from the tensor `a` to make A."""
+    c: str | None = None
+    """None is zero."""
 
 
 def lay_out(sites: Sequence[Site], modules: Mapping[str, MemberFactors], base_copies: Iterable[BaseCopy] = ()) -> Plan:
-    """One block for an adapter with the given factors, by module path: for each site the A's stacked, then each Bᵀ."""
+    """One block for an adapter with the given factors, by module path: for each site the A's, each Bᵀ, the c's."""
     blocks: dict[int, SiteBlock] = {}
     pieces: list[Piece] = []
     end = 0
@@ -88,21 +104,30 @@ def lay_out(sites: Sequence[Site], modules: Mapping[str, MemberFactors], base_co
         a = end
         for f in members:
             if f:
-                pieces.append(Piece(f.a, end, transpose=False))
+                pieces.append(Piece(f.a, end, transpose=False, minus=f.minus))
                 end += f.rank * site.in_features
         b: list[int] = []
         for f, out in zip(members, site.out_features, strict=True):
             end = align(end)
             b.append(end)
             if f:
-                pieces.append(Piece(f.b, end, transpose=True))
+                pieces.append(Piece(f.b, end, transpose=not f.b_is_transposed))
                 end += f.rank * out
         end = align(end)
+        c = None
+        if any(f and f.c for f in members):
+            c = end
+            for f in members:
+                if f and f.c:
+                    pieces.append(Piece(f.c, end, transpose=False))
+                end += f.rank if f else 0
+            end = align(end)
         blocks[site.index] = SiteBlock(
             ranks=tuple(f.rank if f else 0 for f in members),
             scales=tuple(f.scale if f else 0.0 for f in members),
             a=a,
             b=tuple(b),
+            c=c,
         )
     return Plan(
         sites=blocks,
@@ -121,6 +146,8 @@ def pack(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, 
     block = torch.zeros(plan.numel, dtype=dtype, pin_memory=pin)
     for piece in plan.pieces:
         source = tensor(piece.key)
+        if piece.minus is not None:
+            source = source.float() - tensor(piece.minus).float()
         oriented = source.T if piece.transpose else source
         target = block[piece.offset : piece.offset + source.numel()].view(oriented.shape)
         target.copy_(oriented)

@@ -12,6 +12,8 @@ class SiteKind(enum.Enum):
     LINEAR = "linear"
     EMBEDDING = "embedding"
     """in_features is the vocabulary; the input is token ids."""
+    RESIDUAL = "residual"
+    """A decoder layer's output, the residual stream, which is the input as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class SiteBlock:
 
     At `a`: (sum(ranks), in_features), the members' A factors one after the other.
     At `b[m]`: (ranks[m], out_features[m]), member m's B factor transposed. Both row-major.
+    At `c`, unless None: (sum(ranks),), added to the product with A before it is multiplied with B.
     A member that the adapter leaves alone has rank 0.
     """
 
@@ -42,6 +45,7 @@ class SiteBlock:
     scales: tuple[float, ...]
     a: int
     b: tuple[int, ...]
+    c: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

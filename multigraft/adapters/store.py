@@ -18,7 +18,8 @@ import torch
 
 from multigraft.core.config import AdapterConfig
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
-from multigraft.core.request import AdapterRef, Scope
+from multigraft.core.region import Scope
+from multigraft.core.request import AdapterRef
 from multigraft.kernels.openmp import release_pool
 
 from . import peft_files
@@ -302,7 +303,7 @@ class AdapterStore:
         if spec.base_model is not None and spec.base_model != self._base_name:
             log.info("Adapter %s names %s as its base model; serving it on %s.", name, spec.base_model, self._base_name)
         packed = self._read(spec) if validate else None
-        ref = AdapterRef(name, next(self._uids), nbytes, scope or spec.scope)
+        ref = AdapterRef(name, next(self._uids), nbytes, spec.scope, spec.region).scoped(scope)
         return _Version(ref, spec), packed
 
     def _read(self, spec: AdapterSpec) -> PackedAdapter:

@@ -6,6 +6,7 @@ import typer
 
 from multigraft import __version__
 
+from . import adapters
 from .serve import register
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 register(app)
+app.add_typer(adapters.app)
 
 
 @app.command()

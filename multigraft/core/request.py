@@ -7,13 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .errors import InvalidRequest
-
-
-class Scope(str, enum.Enum):
-    """On which positions an adapter acts."""
-
-    ALL = "all"
-    PREFILL = "prefill"
+from .region import EVERYWHERE, Ranges, Region, Scope
 
 
 class FinishReason(str, enum.Enum):
@@ -36,6 +30,11 @@ class AdapterRef:
     nbytes: int
     """Bytes on the device, exact for its own ranks."""
     scope: Scope = Scope.ALL
+    region: Region = EVERYWHERE
+
+    def scoped(self, scope: Scope | None) -> AdapterRef:
+        """The same weights on other positions; InvalidRequest when the adapter cannot have the scope."""
+        return self if scope in (None, self.scope) else replace(self, scope=self.region.check(scope))
 
     @property
     def cache_key(self) -> tuple[int, str]:
@@ -128,8 +127,10 @@ class Request:
     """
 
     __slots__ = (
+        "adapted",
         "adapter",
         "arrival",
+        "cacheable",
         "finish_reason",
         "id",
         "max_len",
@@ -164,6 +165,13 @@ class Request:
         self.adapter = adapter
         self.max_len = max_len
         self.priority = priority
+        self.adapted: Ranges = ()
+        """Where the adapter acts."""
+        self.cacheable = max_len
+        """Leading positions whose KV may stand in for another request's prompt; see Region.cacheable."""
+        if adapter is not None:
+            self.adapted = adapter.region.ranges(self.tokens, max_len, adapter.scope)
+            self.cacheable = adapter.region.cacheable(self.prompt_len, max_len, adapter.scope)
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens taken from the prefix index at admission
         self.pages: list[int] = []
@@ -184,16 +192,9 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
     @property
-    def adapted(self) -> tuple[tuple[int, int], ...]:
-        """Absolute position ranges [lo, hi) on which the adapter acts, ascending and disjoint."""
-        if self.adapter is None:
-            return ()
-        return ((0, self.prompt_len if self.adapter.scope is Scope.PREFILL else self.max_len),)
-
-    @property
     def needs_adapter(self) -> bool:
         """Whether a position still to be computed is adapted; its device slot is free from then on."""
-        return any(hi > self.num_computed for _, hi in self.adapted)
+        return bool(self.adapted) and self.adapted[-1][1] > self.num_computed
 
     def __repr__(self) -> str:
         name = self.adapter.name if self.adapter else None

@@ -83,6 +83,7 @@ class AsyncEngine:
         sampling: SamplingParams,
         *,
         model: str | None = None,
+        scope: Scope | None = None,
         request_id: str | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[Output, None]:
@@ -90,7 +91,7 @@ class AsyncEngine:
             raise ShuttingDown("The server is shutting down and takes no new requests.")
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
             prompt = await asyncio.to_thread(self.tokenize, prompt)
-        submissions = await self._prepare(prompt, sampling, model, request_id, priority)
+        submissions = await self._prepare(prompt, sampling, model, scope, request_id, priority)
         queue: asyncio.Queue[Output] = asyncio.Queue()
         running: set[str] = set()
         try:
@@ -114,6 +115,7 @@ class AsyncEngine:
         prompt: str | Sequence[int],
         sampling: SamplingParams,
         model: str | None,
+        scope: Scope | None,
         request_id: str | None,
         priority: int,
     ) -> list[Submission]:
@@ -137,17 +139,22 @@ class AsyncEngine:
                 tokens,
                 child,
                 max_len=len(tokens) + max_tokens,
-                adapter=self._acquire(model),
+                adapter=self._acquire(model, scope),
                 priority=priority,
             )
             detokenizer = Detokenizer(self.parts.tokenizer, tokens, child) if self.parts.tokenizer else None
             submissions.append(Submission(request, _nowhere, index=i, detokenizer=detokenizer, matcher=matchers[i]))
         return submissions
 
-    def _acquire(self, model: str | None) -> AdapterRef | None:
+    def _acquire(self, model: str | None, scope: Scope | None) -> AdapterRef | None:
         if model is None or model == self.model_name:
+            if scope is not None:
+                raise InvalidRequest(
+                    f"scope is {scope.value!r}, but {self.model_name} is the base model: name an adapter as the model.",
+                    param="scope",
+                )
             return None
-        ref = self.parts.store.resolve(model)
+        ref = self.parts.store.resolve(model).scoped(scope)
         self.parts.store.acquire(ref)
         return ref
 

@@ -82,14 +82,16 @@ class EngineClient(Protocol):
         sampling: SamplingParams,
         *,
         model: str | None = None,
+        scope: Scope | None = None,
         request_id: str | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[Output, None]:
         """Stream the deltas of one prompt; with n > 1 the completions interleave, told apart by `index`.
 
-        model: base or adapter name; None is the base. Closing the iterator aborts the request. The first Output
-        of each index carries prompt_token_ids. Raises at the first iteration: ModelNotFound,
-        ContextLengthExceeded, InvalidRequest, AdapterError (its files failed to load), ShuttingDown.
+        model: base or adapter name; None is the base. scope: in place of the adapter's own. Closing the iterator
+        aborts the request. The first Output of each index carries prompt_token_ids. Raises at the first iteration:
+        ModelNotFound, ContextLengthExceeded, InvalidRequest (also a scope the adapter cannot have), AdapterError (its
+        files failed to load), ShuttingDown.
         """
         ...
 

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from multigraft.core.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from multigraft.core.errors import InvalidRequest
-from multigraft.core.request import FinishReason, Output, SamplingParams, Scope, TokenLogprobs
+from multigraft.core.region import Scope, as_scope
+from multigraft.core.request import FinishReason, Output, SamplingParams, TokenLogprobs
 from multigraft.engine.async_engine import AsyncEngine
 from multigraft.engine.client import EngineStats, ModelCard
 from multigraft.kernels.openmp import release_pool
@@ -80,27 +81,33 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         adapters: str | Sequence[str | None] | None = None,
         *,
+        scope: Scope | str | None = None,
         progress: bool = False,
     ) -> list[Result]:
         """Complete every prompt, all in one running batch; results in the prompts' order.
 
-        sampling, adapters: one for all, or one a prompt; adapter None is the base model. A prompt that fails has
-        its `error` set, the others go on.
+        sampling, adapters: one for all, or one a prompt; adapter None is the base model. scope: "all" or "prefill", in
+        place of the adapters' own. A prompt that fails has its `error` set, the others go on.
         """
         many: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
         each_sampling = _one_each("sampling", sampling or SamplingParams(), len(many), SamplingParams)
         each_adapter = _one_each("adapters", adapters, len(many), (str, type(None)))
-        return self._call(self._generate(many, each_sampling, each_adapter, progress))
+        return self._call(self._generate(many, each_sampling, each_adapter, as_scope(scope), progress))
 
     async def _generate(
-        self, prompts: Sequence[Any], sampling: list[SamplingParams], adapters: list[str | None], progress: bool
+        self,
+        prompts: Sequence[Any],
+        sampling: list[SamplingParams],
+        adapters: list[str | None],
+        scope: Scope | None,
+        progress: bool,
     ) -> list[Result]:
         with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
 
             async def one(prompt: Any, params: SamplingParams, adapter: str | None) -> Result:
                 result = Result(prompt, adapter, [Completion() for _ in range(params.n)])
                 try:
-                    async for output in self._engine.generate(prompt, params, model=adapter):
+                    async for output in self._engine.generate(prompt, params, model=adapter, scope=scope):
                         _collect(result, output)
                 except Exception as error:
                     result.error = error
@@ -110,10 +117,15 @@ class Engine:
             return list(await asyncio.gather(*map(one, prompts, sampling, adapters)))
 
     async def stream(
-        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, adapter: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        scope: Scope | str | None = None,
     ) -> AsyncIterator[Output]:
         """The outputs of one prompt as they come, on the caller's own asyncio loop."""
-        iterator = self._engine.generate(prompt, sampling or SamplingParams(), model=adapter)
+        iterator = self._engine.generate(prompt, sampling or SamplingParams(), model=adapter, scope=as_scope(scope))
         try:
             while True:
                 step = asyncio.run_coroutine_threadsafe(anext(iterator, None), self._loop)
@@ -128,8 +140,7 @@ class Engine:
         self, name: str, path: str, *, scope: Scope | str | None = None, in_place: bool = False
     ) -> ModelCard:
         """Register an adapter, or with in_place a new version of one; AdapterError says what is wrong with it."""
-        scope = Scope(scope) if scope is not None else None
-        return self._call(self._engine.load_adapter(name, path, scope=scope, in_place=in_place))
+        return self._call(self._engine.load_adapter(name, path, scope=as_scope(scope), in_place=in_place))
 
     def unload_adapter(self, name: str) -> None:
         self._call(self._engine.unload_adapter(name))

@@ -6,10 +6,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from multigraft.core.request import Request, Scope
+from multigraft.core.request import Request
 
-Namespace = tuple[int, str] | None
-"""AdapterRef.cache_key, or None for the base model."""
+Namespace = tuple[tuple[int, str], int] | None
+"""(AdapterRef.cache_key, first adapted position); None where only the base model acted."""
 
 ROOT = 0
 """Parent of a sequence's first page."""
@@ -30,8 +30,10 @@ class PagePool:
     """Reference-counted KV pages of `page_size` tokens with a prefix index over the full ones.
 
     A page is free, cached (indexed, held by nobody, oldest first in line for eviction) or held. The index maps
-    (parent entry, tokens) to a page inside a namespace. Entry ids are never reused and keys are compared whole, so
-    equal keys mean equal token sequences from position 0: a hash collision cannot serve wrong KV.
+    (parent entry, tokens) to a page inside a namespace; a page before the first adapted position is the base model's,
+    whoever computed it, so a parent may lie in another namespace than its child. Entry ids are never reused and keys
+    are compared whole, so equal keys mean equal token sequences from position 0: a hash collision cannot serve wrong
+    KV.
 
     Pages freed while a step still reads them may be handed out at once: steps run in order, so the new holder's
     writes come after those reads.
@@ -107,12 +109,12 @@ class PagePool:
         A page whose content is indexed already, computed by two requests at a time, stays outside.
         """
         size, keys = self.page_size, request.page_keys
-        full = min(request.num_computed, _prompt_like(request)) // size
-        if full <= len(keys) or not self.enable_prefix_caching:
+        full = min(request.num_computed, request.cacheable) // size
+        if not self.enable_prefix_caching:
             return
-        namespace = _namespace(request)
-        index = self._index.setdefault(namespace, {})
         for i in range(len(keys), full):
+            namespace = self._namespace(request, i)
+            index = self._index.setdefault(namespace, {})
             key = (keys[-1] if keys else ROOT, tuple(request.tokens[i * size : (i + 1) * size]))
             entry = index.get(key)
             if entry is None:
@@ -134,13 +136,14 @@ class PagePool:
         request.page_keys = []
         request.num_computed = 0
 
-    def drop(self, cache_key: Namespace) -> None:
+    def drop(self, cache_key: tuple[int, str]) -> None:
         """Forget the cached prefixes of an adapter version that no request will name again."""
-        for entry in self._index.pop(cache_key, {}).values():
-            del self._entries[entry.page]
-            if self._refs[entry.page] == 0:
-                del self._cached[entry.page]
-                self._free.append(entry.page)
+        for namespace in [n for n in self._index if n is not None and n[0] == cache_key]:
+            for entry in self._index.pop(namespace).values():
+                del self._entries[entry.page]
+                if self._refs[entry.page] == 0:
+                    del self._cached[entry.page]
+                    self._free.append(entry.page)
 
     def check_integrity(self, requests: Iterable[Request] | None = None) -> None:
         """Assert the pool's invariants; with the requests that hold pages, also that the counts are theirs."""
@@ -161,17 +164,24 @@ class PagePool:
 
     def _match(self, request: Request) -> list[_Entry]:
         entries: list[_Entry] = []
-        index = self._index.get(_namespace(request))
-        if not index or not request.use_prefix_cache:
+        if not self._index or not request.use_prefix_cache:
             return entries
         size, tokens, parent = self.page_size, request.tokens, ROOT
-        for i in range(min(_prompt_like(request), len(tokens) - 1) // size):
-            entry = index.get((parent, tuple(tokens[i * size : (i + 1) * size])))
+        for i in range(min(request.cacheable, len(tokens) - 1) // size):
+            index = self._index.get(self._namespace(request, i))
+            entry = index.get((parent, tuple(tokens[i * size : (i + 1) * size]))) if index else None
             if entry is None:
                 break
             entries.append(entry)
             parent = entry.id
         return entries
+
+    def _namespace(self, request: Request, page: int) -> Namespace:
+        """Of the request's page at this place. What acts after the first adapted position follows from the key."""
+        if request.adapter is None or not request.adapted:
+            return None
+        first = request.adapted[0][0]
+        return (request.adapter.cache_key, first) if first < (page + 1) * self.page_size else None
 
     def _take(self) -> int:
         """A page for one holder, the longest unused cached one if none is free."""
@@ -186,18 +196,3 @@ class PagePool:
                 del self._index[entry.namespace]
         self._refs[page] = 1
         return page
-
-
-def _namespace(request: Request) -> Namespace:
-    return None if request.adapter is None else request.adapter.cache_key
-
-
-def _prompt_like(request: Request) -> int:
-    """Leading positions whose KV is what it would be, were they all prompt.
-
-    Generated tokens under a prefill-scoped adapter ran unadapted: as prompt they would have run adapted. A method
-    that treats positions by their distance from the prompt's end must stop before those.
-    """
-    if request.adapter is not None and request.adapter.scope is Scope.PREFILL:
-        return request.prompt_len
-    return len(request.tokens)

@@ -108,7 +108,7 @@ class CpuGrafts:
     def _add_wide(self, site: int, y: torch.Tensor, x: torch.Tensor, run: list[tuple[int, int, int]]) -> None:
         """Adjacent segments of equal length: together where their adapters have equal ranks and scales."""
         found = [self.slots.factors(site, slot) for _, _, slot in run]
-        alike = {(f.ranks, f.scales) if f else None for f in found}
+        alike = {(f.ranks, f.scales, f.c is None) if f else None for f in found}
         if len(run) > 1 and len(alike) == 1 and None not in alike:
             start, stop = run[0][0], run[-1][1]
             add_equal_segments(y[start:stop], x[start:stop], [f for f in found if f])
@@ -163,6 +163,8 @@ class CudaGrafts:
         assert tiles is not None
         if where.kind is SiteKind.EMBEDDING:
             add_embedding(bank, site, y, x, tiles.segments)
+        elif where.kind is SiteKind.RESIDUAL:
+            add_residual(bank, site, y, tiles.segments)
         elif tiles.segments and bank.entries(site):
             members = len(where.members)
             segmented_lora_(
@@ -193,6 +195,14 @@ def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
     runs = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True) if a < b]
     return [run for run in runs if run[2] != NO_SLOT]
+
+
+def add_residual(slots: Slots, site: int, h: torch.Tensor, segments: list[tuple[int, int, int]]) -> None:
+    """ReFT, segment by segment; a kernel for it would take the tiles as segmented_lora_ does."""
+    for start, stop, slot in segments:
+        f = slots.factors(site, slot)
+        if f is not None:
+            add_segment(h[start:stop], h[start:stop], f)
 
 
 def _equal_runs(segments: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

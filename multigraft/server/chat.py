@@ -105,7 +105,7 @@ class Chat:
         if body.tool_choice == "none":
             body = body.model_copy(update={"tools": []})
         effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-        self.job = service.job("chatcmpl", [render(service, body, **effort)], sampling, body.model, body.priority)
+        self.job = service.job("chatcmpl", [render(service, body, **effort)], sampling, body)
         self.names = TokenNames(service.client, as_ids=body.return_tokens_as_token_ids)
         self.head = {"id": self.job.id, "created": int(time.time()), "model": self.job.model}
 

@@ -49,7 +49,7 @@ class Completion:
             logprobs=body.logprobs,
             prompt_logprobs=echoed if body.prompt_logprobs is None else body.prompt_logprobs,
         )
-        self.job = service.job("cmpl", body.prompt, sampling, body.model, body.priority)
+        self.job = service.job("cmpl", body.prompt, sampling, body)
         self.names = TokenNames(service.client, as_ids=body.return_tokens_as_token_ids)
         self.head = {
             "id": self.job.id,

@@ -88,6 +88,8 @@ class GenerationRequest(WireRequest):
     """What completions and chat completions have in common; meanings as in core.request.SamplingParams."""
 
     model: str | None = None
+    scope: Scope | None = None
+    """On which positions the adapter acts; the default is the adapter's own."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MAX_N)

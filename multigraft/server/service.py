@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from multigraft.core.config import ServerConfig
 from multigraft.core.errors import ModelNotFound
-from multigraft.core.request import FinishReason, Output, SamplingParams
+from multigraft.core.request import FinishReason, Output, SamplingParams, Scope
 from multigraft.engine.client import EngineClient
 from multigraft.metrics import ServingMetrics
+
+from .schemas import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class Job:
     prompts: Sequence[str | list[int]]
     sampling: SamplingParams
     model: str
+    scope: Scope | None = None
     priority: int = 0
 
     @property
@@ -52,15 +55,15 @@ class Service:
         prefix: str,
         prompts: Sequence[str | list[int]],
         sampling: SamplingParams,
-        model: str | None,
-        priority: int,
+        body: GenerationRequest,
     ) -> Job:
         return Job(
             id=f"{prefix}-{uuid.uuid4().hex}",
             prompts=prompts,
             sampling=sampling,
-            model=model or self.client.model_name,
-            priority=priority,
+            model=body.model or self.client.model_name,
+            scope=body.scope,
+            priority=body.priority,
         )
 
     async def run(self, job: Job) -> AsyncGenerator[tuple[int, Output], None]:
@@ -108,6 +111,7 @@ class Service:
             job.prompts[prompt],
             job.sampling,
             model=job.model,
+            scope=job.scope,
             request_id=f"{job.id}-{prompt}",
             priority=job.priority,
         )

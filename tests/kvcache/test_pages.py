@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from multigraft.core.region import FromInvocation, PromptEnds
 from multigraft.core.request import AdapterRef, Request, SamplingParams, Scope
 from multigraft.kvcache.pages import PagePool
 
 SIZE = 4
 ALL = AdapterRef("a", 1, 10)
+ALORA = AdapterRef("i", 3, 10, region=FromInvocation((7,)))
 PREFILL = AdapterRef("p", 2, 10, Scope.PREFILL)
 
 
@@ -110,6 +112,35 @@ def test_generated_tokens_do_not_read_prompt_pages_under_prefill_scope(pool):
     prompt = compute(pool, request(range(12), PREFILL))
     replay = request(range(12), PREFILL, prompt_len=4)
     assert pool.match(replay) == prompt.pages[:1]
+
+
+def test_pages_before_an_invocation_are_the_base_models(pool):
+    base = compute(pool, request([1, 2, 3, 4, 5, 6]))
+    turn = request([1, 2, 3, 4, 5, 7, 8, 9, 10], ALORA)
+    assert pool.match(turn) == base.pages[:1]
+    compute(pool, turn)
+    assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 0], ALORA)) == turn.pages[:2]
+    assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 0])) == base.pages[:1]
+    assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 7], ALORA)) == base.pages[:1], "invoked later: base until there"
+    pool.drop(ALORA.cache_key)
+    assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 0], ALORA)) == base.pages[:1]
+
+
+def test_a_generated_invocation_is_one_only_in_the_next_prompt(pool):
+    """The same tokens in the same page, adapted from 1 on while they were generated and from 3 on in the next turn."""
+    compute(pool, request([1, 7, 2, 7, 3], ALORA, prompt_len=3))
+    assert pool.match(request([1, 7, 2, 7, 3], ALORA)) == []
+
+
+def test_prompt_ends_share_what_comes_before_the_last_tokens(pool):
+    both = AdapterRef("e", 4, 10, region=PromptEnds(1, 2))
+    turn = compute(pool, request(range(14), both, prompt_len=10))
+    assert pool.match(request(range(15), both)) == turn.pages[:2]
+    assert pool.match(request(range(9), both)) == turn.pages[:1], "7 and 8 are the last here"
+    last = AdapterRef("l", 5, 10, region=PromptEnds(0, 2))
+    base = compute(pool, request(range(12)))
+    assert pool.match(request(range(15), last)) == base.pages[:3]
+    assert pool.match(request(range(9), last)) == base.pages[:1]
 
 
 def test_requests_for_prompt_logprobs_skip_nothing(pool):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from multigraft.core.batch import AdapterMove, Batch, Phase
 from multigraft.core.config import SchedulerConfig
+from multigraft.core.region import FromInvocation, PromptEnds
 from multigraft.core.request import AdapterRef, FinishReason, Request, SamplingParams, Scope
 from multigraft.kvcache.pages import PagePool
 from multigraft.scheduling.residency import AdapterState, Residency
@@ -34,7 +35,15 @@ def uid_at(request: Request, position: int) -> int:
     """Adapter that ought to act on a position. Written out again here, not taken from Request.adapted."""
     if request.adapter is None or (request.adapter.scope is Scope.PREFILL and position >= request.prompt_len):
         return 0
-    return request.adapter.uid
+    region, n = request.adapter.region, request.prompt_len
+    acts = True
+    if isinstance(region, PromptEnds):
+        acts = position < n and (position < region.first or position >= n - region.last)
+    elif isinstance(region, FromInvocation):
+        width = len(region.tokens)
+        starts = [i for i in range(n - width + 1) if tuple(request.tokens[i : i + width]) == region.tokens]
+        acts = bool(starts) and position >= starts[-1]
+    return request.adapter.uid if acts else 0
 
 
 def reference(request: Request) -> list[int]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from multigraft.core.errors import CapacityExceeded
+from multigraft.core.region import FromInvocation, PromptEnds
 from multigraft.core.request import AdapterRef, FinishReason, Request, Scope
 from tests.scheduling.simulated_engine import SimulatedEngine, make_request
 
@@ -27,6 +28,11 @@ ADAPTERS = [
     AdapterRef("q", 5, 40, Scope.PREFILL),
     AdapterRef("a", 6, 10),
     AdapterRef("p", 7, 10, Scope.PREFILL),
+    AdapterRef("b", 2, 40, Scope.PREFILL),  # the same weights as "b" under another scope
+    AdapterRef("ends", 10, 10, Scope.PREFILL, PromptEnds(2, 3)),
+    AdapterRef("last", 11, 10, Scope.ALL, PromptEnds(0, 2)),
+    AdapterRef("activated", 12, 10, Scope.ALL, FromInvocation((1,))),
+    AdapterRef("invoked", 13, 10, Scope.ALL, FromInvocation((1, 2))),
     AdapterRef("broken", 8, 20),
     AdapterRef("too big", 9, 101),
 ]
@@ -87,12 +93,12 @@ class Lives(RuleBasedStateMachine):
     def arrive(self, prompt, new, adapter, priority, logprobs):
         self.add(prompt, new, adapter, priority, **({"prompt_logprobs": 0} if logprobs else {}))
 
-    @rule(adapter=st.sampled_from(ADAPTERS[:8]), length=st.integers(1, 30), copies=st.integers(1, 4))
+    @rule(adapter=st.sampled_from(ADAPTERS[:13]), length=st.integers(1, 30), copies=st.integers(1, 4))
     def arrive_with_a_common_prefix(self, adapter, length, copies):
         for _ in range(copies):
             self.add([1] * length, 8, adapter)
 
-    @rule(pick=st.integers(0, 100), more=st.lists(st.integers(1, 2), max_size=3), other=st.sampled_from(ADAPTERS[:8]))
+    @rule(pick=st.integers(0, 100), more=st.lists(st.integers(1, 2), max_size=3), other=st.sampled_from(ADAPTERS[:13]))
     def next_turn(self, pick, more, other):
         """A prompt that continues an earlier conversation, mostly with the same adapter."""
         known = [*self.engine.done.values(), *self.engine.live.values()]
@@ -122,7 +128,7 @@ class Lives(RuleBasedStateMachine):
     def failing_step(self):
         self.engine.step(fail=True)
 
-    @rule(adapter=st.sampled_from(ADAPTERS[1:8]))
+    @rule(adapter=st.sampled_from(ADAPTERS[1:13]))
     def forget(self, adapter):
         self.engine.scheduler.pages.drop(adapter.cache_key)
 
@@ -161,7 +167,7 @@ def soak(seed: int, num_requests: int = 300) -> SimulatedEngine:
     capacity = e.scheduler.pages.num_pages * page_size
     for i in range(num_requests):
         prompt = [*rng.choice(systems), *(rng.randint(1, 3) for _ in range(rng.randint(1, 10)))]
-        adapter = rng.choice(ADAPTERS[:9])
+        adapter = rng.choice(ADAPTERS[:14])
         if e.done and rng.random() < 0.4:
             earlier = rng.choice(list(e.done.values()))
             prompt = [*earlier.tokens, *prompt[-2:]]

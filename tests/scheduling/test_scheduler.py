@@ -7,6 +7,7 @@ import pytest
 from multigraft.core.batch import Phase
 from multigraft.core.config import SchedulerConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest
+from multigraft.core.region import FromInvocation
 from multigraft.core.request import AdapterRef, FinishReason, Request, SamplingParams, Scope
 from multigraft.kvcache.pages import PagePool
 from multigraft.scheduling.residency import Residency
@@ -310,19 +311,12 @@ def test_a_request_whose_sampling_failed_is_just_finished():
     e.check_empty()
 
 
-class Late(Request):
-    """As if its adapter acted from position 8 on only."""
-
-    __slots__ = ()
-
-    @property
-    def adapted(self):
-        return ((8, self.max_len),)
-
-
 def test_spans_without_adapted_positions_have_no_slot():
     e = SimulatedEngine(budget=6, max_num_seqs=1, prefix_caching=False)
-    r = Late("r", prompt(14), SamplingParams(ignore_eos=True), max_len=16, adapter=A)
+    tokens = prompt(14)
+    late = AdapterRef("late", 60, 10, region=FromInvocation(tuple(tokens[8:10])))
+    r = Request("r", tokens, SamplingParams(ignore_eos=True), max_len=16, adapter=late)
+    assert r.adapted == ((8, 16),)
     e.scheduler.add(r)
     e.scheduler.residency.loaded(e.scheduler.schedule().loads[0].ref.uid)
     seen = []

@@ -29,6 +29,7 @@ class Call:
     model: str | None
     request_id: str | None
     priority: int
+    scope: Scope | None = None
 
 
 class FakeEngine:
@@ -58,6 +59,7 @@ class FakeEngine:
         sampling: SamplingParams,
         *,
         model: str | None = None,
+        scope: Scope | None = None,
         request_id: str | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[Output, None]:
@@ -68,7 +70,7 @@ class FakeEngine:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         if len(ids) + (sampling.max_tokens or 1) > self.max_model_len:
             raise ContextLengthExceeded(f"{len(ids)} tokens do not fit {self.max_model_len}.", param="prompt")
-        self.calls.append(Call(prompt, sampling, model, request_id, priority))
+        self.calls.append(Call(prompt, sampling, model, request_id, priority, scope))
         self.running += 1
         finished = False
         try:

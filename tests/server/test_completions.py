@@ -176,3 +176,14 @@ async def _events(http, body):
     lines = [line for line in response.text.split("\n") if line]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+async def test_scope_for_one_request(openai, http, engine):
+    await openai.completions.create(model="french", prompt="Hi", extra_body={"scope": "prefill"})
+    await openai.chat.completions.create(
+        model="french", messages=[{"role": "user", "content": "Hi"}], extra_body={"scope": "all"}
+    )
+    await openai.completions.create(model="french", prompt="Hi")
+    assert [call.scope for call in engine.calls] == ["prefill", "all", None]
+    response = await http.post("/v1/completions", json={"model": "french", "prompt": "Hi", "scope": "decode"})
+    assert response.status_code == 400 and "'all' or 'prefill'" in response.json()["error"]["message"]
