@@ -104,14 +104,14 @@ class Sampler:
         assert logits.shape == (len(requests), self.vocab_size), (logits.shape, len(requests), self.vocab_size)
         rows = [self._rows[r.id] for r in requests]
         processed = self._process(logits, rows, requests, masks)
-        drawn = [i for i, row in enumerate(rows) if not row.greedy]
-        if len(drawn) == len(rows):
+        groups = self._groups(rows)
+        if len(groups) == 1 and len(groups[0]) == len(rows):
             best = processed.amax(dim=-1)
             tokens = self._draw(processed, best, None, rows, requests)
         else:
             # max, not argmax: it is three to five times as fast on the CPU, and its value shows NaN and infinity.
             best, tokens = processed.max(dim=-1)
-            if drawn:
+            for drawn in groups:
                 at = self._upload(np.array(drawn))
                 tokens[at] = self._draw(processed, best, at, [rows[i] for i in drawn], [requests[i] for i in drawn])
 
@@ -142,6 +142,14 @@ class Sampler:
             for i, token in enumerate(tokens)
         ]
 
+    def _groups(self, rows: list[_Row]) -> list[list[int]]:
+        """The rows that are drawn, those together that one draw can serve: on a GPU rows that truncate go apart."""
+        drawn = [i for i, row in enumerate(rows) if not row.greedy]
+        if self.device.type == "cpu":
+            return [drawn] if drawn else []
+        groups = [i for i in drawn if not rows[i].truncates], [i for i in drawn if rows[i].truncates]
+        return [group for group in groups if group]
+
     def _process(
         self, logits: Tensor, rows: list[_Row], requests: Sequence[Request], masks: TokenMasks | None
     ) -> Tensor:
@@ -169,10 +177,14 @@ class Sampler:
     def _draw(
         self, logits: Tensor, best: Tensor, at: Tensor | None, rows: Sequence[_Row], requests: Sequence[Request]
     ) -> Tensor:
-        """Tokens of the rows `at` of the logits (None: of all); best: every row's largest logit."""
+        """Tokens of the rows `at` of the logits (None: of all), one of `_groups`; best: every row's largest logit."""
         seeds = np.array([row.seed for row in rows], dtype=np.uint64)
         u = self._upload(uniforms(seeds, np.array([r.num_output for r in requests])))
         rates = self._upload(np.array([1.0 / row.sampling.temperature for row in rows], dtype=np.float32))
+        if logits.is_cuda and not rows[0].truncates:
+            from multigraft.kernels.draw_triton import draw_rows  # here, as machines without a GPU may have no Triton
+
+            return draw_rows(logits, self._upload(np.arange(len(rows))) if at is None else at, best, rates, u)
         tokens = []
         step = rows_at_once(self.vocab_size, self.device)
         for part in (slice(i, i + step) for i in range(0, len(rows), step)):

@@ -24,7 +24,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+PDL_ALLOWED = True
 MAX_SPLITS = 8
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
@@ -105,16 +107,22 @@ def _sum_splits(h, mask, split_stride, SPLITS: tl.constexpr):
 def _shrink_kernel(
     h, x, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, x_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
+    if PDL:
+        gdc_launch_dependents()
     if slot < 0:
+        if PDL:
+            gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     member, left, width, split = _locate(tl.program_id(0), WIDTHS, BLOCKS)
     w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    if PDL:
+        gdc_wait()
     x += first_row * x_stride + left
     h += split.to(tl.int64) * split_stride + first_row * h_stride + first
     k_start = split * CHUNK
@@ -150,16 +158,20 @@ def _shrink_kernel(
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
     if slot < 0:
+        if PDL:
+            gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     member, left, width, block = _locate(tl.program_id(0), WIDTHS, BLOCKS)
     w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    if PDL:
+        gdc_wait()
     if rank == 0:
         return
     h += first_row * h_stride + first
@@ -248,6 +260,15 @@ def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
     return tuple(triton.cdiv(w, size) for w in widths)
 
 
+def _overlap(tensor: torch.Tensor) -> dict[str, bool]:
+    """Launch options. From Hopper on, a kernel may start while the one before it runs (programmatic dependent launch):
+    it reads its tables, and waits before it touches x, h or y. Every program waits, also those without work: the
+    kernel after this one takes its end for the end of all before."""
+    if tensor.is_cuda and PDL_ALLOWED and torch.cuda.get_device_capability(tensor.device)[0] >= 9:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
 def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> torch.Tensor:
     """h float32 (splits, T, columns) of x (T, sum(widths)); rows and columns of no tile and no rank stay unwritten."""
     blocks = dict(SHRINK[work.block_m])
@@ -259,7 +280,7 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
     _shrink_kernel[(splits * len(widths), len(work.tiles))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
         WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
-        CHUNK=chunk, BLOCK_M=work.block_m, **blocks,
+        CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x),
     )  # fmt: skip
     return h
 
@@ -271,7 +292,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, si
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
         WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
-        BLOCK_M=work.block_m, **options,
+        BLOCK_M=work.block_m, **options, **_overlap(y),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 UNUSED = -1
@@ -44,3 +45,14 @@ def build_tiles(
     tiles[:, 2] = UNUSED
     tiles[: len(work)] = work
     return tiles
+
+
+def cut_tiles(row_slot: np.ndarray, block_m: int) -> np.ndarray:
+    """Tiles, as of build_tiles, of rows with these slots (negative: none), in row order; int32 (n, 3) on the host."""
+    edges = np.flatnonzero(row_slot[1:] != row_slot[:-1]) + 1
+    first = np.concatenate(([0], edges))
+    lengths = np.diff(first, append=len(row_slot))
+    within = np.arange(len(row_slot)) - np.repeat(first, lengths)
+    starts = np.flatnonzero((within % block_m == 0) & (row_slot >= 0))
+    left = np.repeat(lengths, lengths)[starts] - within[starts]
+    return np.stack([starts, np.minimum(left, block_m), row_slot[starts]], axis=1).astype(np.int32)

@@ -10,6 +10,7 @@ from torch import nn
 
 from multigraft.core.batch import Batch
 from multigraft.models.attention import AttentionBackend
+from multigraft.models.cuda_graphs import DecodeGraphs
 from multigraft.models.segments import NO_SLOT, CpuGrafts, CudaGrafts
 
 
@@ -32,10 +33,14 @@ class Runner:
         self.attention = attention
         self.grafts = grafts
         self.device = device
+        self.graphs: DecodeGraphs | None = None
+        """When set, runs the steps that it covers."""
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
         """One forward pass over every span; KV of all rows is written to their requests' pages."""
+        if self.graphs is not None and self.graphs.covers(batch):
+            return StepOutput(logits=self.graphs.run(batch), num_sampled=len(batch.spans), scored=[])
         num_rows = batch.num_tokens
         ids = np.empty(num_rows, dtype=np.int64)
         positions = np.empty(num_rows, dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -135,25 +136,41 @@ class CudaGrafts:
         self.sites = list(sites)
         self.bank = bank
         self.head_sites = {s.index for s in sites if head in s.members}
+        self.embedding_sites = {s.index for s in sites if s.kind is SiteKind.EMBEDDING}
         self.max_rank = max_rank
         self.active = False
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
 
+    @property
+    def in_body_only(self) -> bool:
+        """Whether no adapter on the device acts on the embedding or the output head, which are not captured."""
+        return not any(self.bank.entries(site) for site in self.head_sites | self.embedding_sites)
+
+    def begin_fixed(self, tiles: torch.Tensor | None, block_m: int) -> None:
+        """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device; None: of one without adapters.
+
+        Every linear of the body gets its kernels, whatever acts there now.
+        """
+        self.active = tiles is not None
+        self._body = _Tiles(tiles, block_m) if tiles is not None else None
+        self._head = None
+
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
         """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
         self.active = bool((row_slot != NO_SLOT).any())
         if self.active:
-            self._body = _Tiles(row_slot, self.bank.device)
-            self._head = _Tiles(row_slot[head_rows], self.bank.device)
+            self._body = _Tiles.of(row_slot, self.bank.device)
+            self._head = _Tiles.of(row_slot[head_rows], self.bank.device)
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         tiles = self._head if site in self.head_sites else self._body
         where, bank = self.sites[site], self.bank
-        assert tiles is not None
+        if tiles is None or (tiles.segments is None and site in self.embedding_sites):
+            return
         if where.kind is SiteKind.EMBEDDING:
             add_embedding(bank, site, y, x, tiles.segments)
-        elif tiles.segments and bank.entries(site):
+        elif tiles.segments is None or (tiles.segments and bank.entries(site)):
             members = len(where.members)
             segmented_lora_(
                 y,
@@ -168,13 +185,21 @@ class CudaGrafts:
             )
 
 
+@dataclass(frozen=True, slots=True)
 class _Tiles:
-    def __init__(self, row_slot: np.ndarray, device: torch.device):
-        self.segments = cut_segments(row_slot)
-        bounds = torch.tensor([s[:2] for s in self.segments], dtype=torch.int32).view(-1, 2)
-        slots = torch.tensor([s[2] for s in self.segments], dtype=torch.int32)
-        self.block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(self.segments)))
-        self.table = build_tiles(bounds, slots, self.block_m).pin_memory().to(device, non_blocking=True)
+    table: torch.Tensor
+    block_m: int
+    segments: list[tuple[int, int, int]] | None = None
+    """None: known on the device only."""
+
+    @classmethod
+    def of(cls, row_slot: np.ndarray, device: torch.device) -> _Tiles:
+        segments = cut_segments(row_slot)
+        bounds = torch.tensor([s[:2] for s in segments], dtype=torch.int32).view(-1, 2)
+        slots = torch.tensor([s[2] for s in segments], dtype=torch.int32)
+        block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(segments)))
+        table = build_tiles(bounds, slots, block_m).pin_memory().to(device, non_blocking=True)
+        return cls(table, block_m, segments)
 
 
 def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
