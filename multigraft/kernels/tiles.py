@@ -8,14 +8,18 @@ import torch
 UNUSED = -1
 """Slot of a tile that stands for no work."""
 
-DECODE_ROWS = 16
+DECODE_ROWS = 4
+MIXED_ROWS = 16
 PREFILL_ROWS = 64
-"""Rows a tile, `block_m`, for few and for many rows an adapter. lora_triton.py has block sizes for each."""
+"""Rows a tile, `block_m`, from few to many rows an adapter. lora_triton.py has block sizes for each, and gradients for
+the latter two."""
 
 
 def choose_block_m(num_rows: int, num_segments: int) -> int:
     """Rows a tile for this many adapted rows in this many segments."""
-    return PREFILL_ROWS if num_rows > 2 * DECODE_ROWS * num_segments else DECODE_ROWS
+    if num_rows <= DECODE_ROWS * num_segments:
+        return DECODE_ROWS
+    return PREFILL_ROWS if num_rows > 2 * MIXED_ROWS * num_segments else MIXED_ROWS
 
 
 def build_tiles(

@@ -7,6 +7,7 @@ adapters there are: the work table lies in a fixed buffer, as do all inputs, and
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles
 from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
 from multigraft.models.segments import NO_SLOT, CudaGrafts
+
+if TYPE_CHECKING:
+    from multigraft.models.runner import LateTokens
+
+UNKNOWN = -1
 
 
 class DecodeGraphs:
@@ -43,6 +49,7 @@ class DecodeGraphs:
         vocab = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         dtype = attention.kv.k.dtype
         self._logits = torch.empty(self.sizes[-1], vocab, dtype=dtype, device=attention.kv.k.device)
+        self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._capture_all()
 
@@ -57,17 +64,19 @@ class DecodeGraphs:
         decodes = first.phase is Phase.DECODE  # phases are in order, and DECODE is the last
         return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and self.grafts.in_body_only
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch, late: LateTokens | None = None) -> torch.Tensor:
         """(spans, vocab) logits, valid until the next run; to be called in inference mode."""
         size = self._size(len(batch.spans))
-        adapted = self._prepare(batch, size)
+        adapted = self._prepare(batch, size, late)
+        if late is not None:
+            self._late_tokens[: len(late.tokens)].copy_(late.tokens)
         self._graphs[size, adapted].replay()
         return self._logits[: len(batch.spans)]
 
     def _size(self, num_rows: int) -> int:
         return self.sizes[bisect_left(self.sizes, num_rows)]
 
-    def _prepare(self, batch: Batch, size: int) -> bool:
+    def _prepare(self, batch: Batch, size: int, late: LateTokens | None = None) -> bool:
         """Fill the inputs for `size` rows, the batch's first, and plan attention; whether any row is adapted."""
         spans, inputs, kv = batch.spans, self._inputs, self.attention.kv
         n, p = len(spans), kv.page_size
@@ -75,6 +84,9 @@ class DecodeGraphs:
         starts = np.fromiter((s.start for s in spans), np.int64, n)
         inputs.ids[:n] = np.fromiter((s.request.tokens[s.start] for s in spans), np.int64, n)
         inputs.ids[n:size] = 0
+        inputs.late_rows[:size] = UNKNOWN
+        if late is not None:
+            inputs.late_rows[:n] = np.fromiter((late.row(s) for s in spans), np.int64, n)
         inputs.positions[:n] = starts
         inputs.positions[n:size] = 0
         counts = np.ones(size, dtype=np.int64)
@@ -109,8 +121,9 @@ class DecodeGraphs:
         )
 
     def _forward(self, size: int) -> None:
-        ids, positions = (self._inputs.on_device[name][None, :size] for name in ("ids", "positions"))
-        out = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        ids, positions, late = (self._inputs.on_device[name][:size] for name in ("ids", "positions", "late_rows"))
+        ids = torch.where(late < 0, ids, self._late_tokens[late.clamp(min=0)].clamp(min=0))
+        out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
         self._logits[:size].copy_(out)
 
     @torch.inference_mode()
@@ -139,6 +152,7 @@ class _Inputs:
         fields = {
             "ids": (np.int64, max_rows),
             "positions": (np.int64, max_rows),
+            "late_rows": (np.int64, max_rows),
             "kv_rows": (np.int64, max_rows),
             "tiles": (np.int32, 3 * max_tiles),
             "pages": (np.int32, max_pages),  # last, as most of it is not in use and not copied
@@ -154,7 +168,8 @@ class _Inputs:
             views[name] = self._host.numpy()[start:stop].view(dtype)
             self.on_device[name] = self._device[start:stop].view(torch.int64 if dtype is np.int64 else torch.int32)
             self._pages_start, start = start, stop
-        self.ids, self.positions, self.kv_rows = views["ids"], views["positions"], views["kv_rows"]
+        self.ids, self.positions, self.late_rows = views["ids"], views["positions"], views["late_rows"]
+        self.kv_rows = views["kv_rows"]
         self.tiles = views["tiles"].reshape(-1, 3)
         self.pages = views["pages"]
         # FlashInfer copies these two itself when it plans.
@@ -186,4 +201,5 @@ def padded_sizes(max_rows: int) -> list[int]:
 
 def max_tiles(num_rows: int, max_slots: int) -> int:
     """Tiles that rows sorted by slot are cut into, at most: one for each slot, and full ones."""
-    return min(num_rows, max_slots + num_rows // DECODE_ROWS)
+    slots = min(num_rows, max_slots)
+    return slots + (num_rows - slots) // DECODE_ROWS

@@ -8,7 +8,7 @@ import torch
 from multigraft.kernels import lora_reference, lora_triton
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-WIDTH = {1: 600, 16: 600, 64: 2100}
+WIDTH = {4: 600, 16: 600, 64: 2100}
 """in_features by rows a tile, so that the columns are split among programs."""
 
 
@@ -18,7 +18,7 @@ def forward(case, y, block_m):
     return y
 
 
-@pytest.mark.parametrize("block_m", [1, 16, 64])
+@pytest.mark.parametrize("block_m", [4, 16, 64])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_forward(mixed_case, dtype, block_m):
     case = mixed_case(dtype, WIDTH[block_m])
@@ -36,7 +36,7 @@ def test_forward(mixed_case, dtype, block_m):
 def test_forward_with_fewer_members(lora_case, out_features, device):
     ranks = [[rank] * len(out_features) for rank in (1, 16, 128)]
     case = lora_case(ranks, [(0, 3, 2), (3, 20, 0), (20, 21, 1)], 64, out_features, device=device)
-    for block_m in (1, 16):
+    for block_m in (4, 16):
         case.check_rows(forward(case, torch.zeros_like(case.y), block_m), case.delta(), 2e-6)
 
 

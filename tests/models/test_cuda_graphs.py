@@ -28,7 +28,7 @@ def test_padded_sizes_hold_every_row_count():
 
 
 def test_max_tiles_bounds_any_split():
-    assert max_tiles(256, 4) == 4 + 16 and max_tiles(8, 300) == 8
+    assert max_tiles(256, 4) == 4 + 63 and max_tiles(8, 300) == 8
 
 
 class Checked:
