@@ -9,17 +9,14 @@ UNUSED = -1
 """Slot of a tile that stands for no work."""
 
 DECODE_ROWS = 4
-MIXED_ROWS = 16
 PREFILL_ROWS = 64
-"""Rows a tile, `block_m`, from few to many rows an adapter. lora_triton.py has block sizes for each, and gradients for
-the latter two."""
+"""Rows a tile, `block_m`, for few and for many rows an adapter. lora_triton.py has block sizes for each, and gradients
+for the latter."""
 
 
 def choose_block_m(num_rows: int, num_segments: int) -> int:
     """Rows a tile for this many adapted rows in this many segments."""
-    if num_rows <= DECODE_ROWS * num_segments:
-        return DECODE_ROWS
-    return PREFILL_ROWS if num_rows > 2 * MIXED_ROWS * num_segments else MIXED_ROWS
+    return PREFILL_ROWS if 4 * num_rows > PREFILL_ROWS * num_segments else DECODE_ROWS
 
 
 def build_tiles(
@@ -60,3 +57,9 @@ def cut_tiles(row_slot: np.ndarray, block_m: int) -> np.ndarray:
     starts = np.flatnonzero((within % block_m == 0) & (row_slot >= 0))
     left = np.repeat(lengths, lengths)[starts] - within[starts]
     return np.stack([starts, np.minimum(left, block_m), row_slot[starts]], axis=1).astype(np.int32)
+
+
+def max_tiles(num_rows: int, max_slots: int) -> int:
+    """Tiles of DECODE_ROWS that rows sorted by slot are cut into, at most."""
+    slots = min(num_rows, max_slots)
+    return slots + (num_rows - slots) // DECODE_ROWS

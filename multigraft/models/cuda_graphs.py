@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from multigraft.core.batch import Batch, Phase
-from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles
+from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles, max_tiles
 from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
 from multigraft.models.segments import NO_SLOT, CudaGrafts
 
@@ -51,6 +51,7 @@ class DecodeGraphs:
         self._logits = torch.empty(self.sizes[-1], vocab, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        grafts.warm_up()
         self._capture_all()
 
     def covers(self, batch: Batch) -> bool:
@@ -197,9 +198,3 @@ def padded_sizes(max_rows: int) -> list[int]:
     for a constant, and compile the layers once more."""
     sizes = [2, 4, 8, *range(16, max_rows + 16, 16)]
     return sizes[: bisect_left(sizes, max_rows) + 1]
-
-
-def max_tiles(num_rows: int, max_slots: int) -> int:
-    """Tiles that rows sorted by slot are cut into, at most: one for each slot, and full ones."""
-    slots = min(num_rows, max_slots)
-    return slots + (num_rows - slots) // DECODE_ROWS

@@ -13,7 +13,7 @@ from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora import segmented_lora_
 from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_segment
-from multigraft.kernels.tiles import build_tiles, choose_block_m
+from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 
 NO_SLOT = -1
 
@@ -147,6 +147,17 @@ class CudaGrafts:
         """Whether no adapter on the device acts on the embedding or the output head, which are not captured."""
         return not any(self.bank.entries(site) for site in self.head_sites | self.embedding_sites)
 
+    def warm_up(self) -> None:
+        """Compile the kernels of the decoder layers for either tile size, so that no request waits for it."""
+        bank = self.bank
+        tiles = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
+        body = [s for s in self.sites if s.kind is SiteKind.LINEAR and s.index not in self.head_sites]
+        for site in {(s.in_features, s.out_features): s for s in body}.values():
+            x = bank.arena.new_zeros(2, site.in_features)
+            y = bank.arena.new_zeros(2, sum(site.out_features))
+            for block_m in (DECODE_ROWS, PREFILL_ROWS):
+                self._launch(site, y, x, _Tiles(tiles, block_m))
+
     def begin_fixed(self, tiles: torch.Tensor | None, block_m: int) -> None:
         """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device; None: of one without adapters.
 
@@ -171,18 +182,21 @@ class CudaGrafts:
         if where.kind is SiteKind.EMBEDDING:
             add_embedding(bank, site, y, x, tiles.segments)
         elif tiles.segments is None or (tiles.segments and bank.entries(site)):
-            members = len(where.members)
-            segmented_lora_(
-                y,
-                x,
-                bank.arena,
-                bank.table[site, :, :members],
-                bank.scales[site, :, :members],
-                tiles.table,
-                where.out_features,
-                tiles.block_m,
-                self.max_rank,
-            )
+            self._launch(where, y, x, tiles)
+
+    def _launch(self, site: Site, y: torch.Tensor, x: torch.Tensor, tiles: _Tiles) -> None:
+        bank, members = self.bank, len(site.members)
+        segmented_lora_(
+            y,
+            x,
+            bank.arena,
+            bank.table[site.index, :, :members],
+            bank.scales[site.index, :, :members],
+            tiles.table,
+            site.out_features,
+            tiles.block_m,
+            self.max_rank,
+        )
 
 
 @dataclass(frozen=True, slots=True)
