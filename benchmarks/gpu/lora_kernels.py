@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.common import finish
 from multigraft.kernels import lora_reference, lora_triton
 from multigraft.kernels.lora import segmented_lora, segmented_lora_, segmented_lora_backward
-from multigraft.kernels.tiles import build_tiles, choose_block_m
+from multigraft.kernels.tiles import build_tiles, choose_block_m, max_tiles
 
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -102,8 +102,8 @@ class Inputs:
                 a, b = a + rank * n_in, b + rank * out
             table.append(entry)
             offset = b
-        # A decode step's table has room for an adapter a row, as the graph of any decode step must.
-        num_tiles = shape.num_rows if shape.num_rows == DECODE_ROWS else None
+        # A decode step's table has the length that its graph was captured with.
+        num_tiles = max_tiles(shape.num_rows, len(shape.ranks)) if shape.num_rows == DECODE_ROWS else None
         tiles = build_tiles(shape.segments(), torch.randperm(len(shape.ranks)), shape.block_m, num_tiles)
         on_gpu = {"device": "cuda", "dtype": torch.bfloat16}
         return cls(
@@ -171,10 +171,8 @@ def decode_shapes() -> Iterator[Shape]:
     for site in SITES:
         for num in (1, 16, 64, 256):
             for rank in (8, 64):
-                yield Shape(site, DECODE_ROWS, (rank,) * num, 16)
-                if num >= 64:
-                    yield Shape(site, DECODE_ROWS, (rank,) * num, 1)
-        yield Shape(site, DECODE_ROWS, tuple(MIXED[i % len(MIXED)] for i in range(64)), 16)
+                yield Shape(site, DECODE_ROWS, (rank,) * num, choose_block_m(DECODE_ROWS, 64))
+        yield Shape(site, DECODE_ROWS, tuple(MIXED[i % len(MIXED)] for i in range(64)), choose_block_m(DECODE_ROWS, 64))
 
 
 def prefill_shapes() -> Iterator[Shape]:

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
             enable_prefix_caching=False,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            compile=args.compile,
+            enforce_eager=args.enforce_eager,
             attention_backend=args.attention_backend,
         )
         start_s = time.perf_counter() - started
@@ -108,7 +108,7 @@ def main() -> None:
         share = f"{row['share']:.2f}" if base else "-"
         table.add_row(row["shape"], str(row["adapters"]), f"{row['req_s']:.1f}", f"{row['tok_s']:.0f}", share)
     Console().print(table)
-    settings = {k: getattr(args, k) for k in ("requests", "rank", "repeats", "max_num_seqs", "compile")}
+    settings = {k: getattr(args, k) for k in ("requests", "rank", "repeats", "max_num_seqs", "enforce_eager")}
     settings |= {"start_s": round(start_s, 1), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
     finish("gpu_serve", settings, rows, save=args.save)
 

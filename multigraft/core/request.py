@@ -120,6 +120,10 @@ class SamplingParams:
         return replace(self, n=1, seed=None if self.seed is None else self.seed + i)
 
 
+PENDING = -1
+"""Stands in Request.tokens, last, for a token that the device has sampled and the host has not heard of yet."""
+
+
 class Request:
     """One sequence in the engine. Scheduling owns every mutable field.
 

@@ -17,15 +17,16 @@ from functools import partial
 
 import torch
 
-from multigraft.core.batch import AdapterMove, Batch
+from multigraft.core.batch import AdapterMove, Batch, Span
 from multigraft.core.errors import AdapterError, InvalidLogits, InvalidRequest, MultigraftError, ShuttingDown
-from multigraft.core.request import FinishReason, Output, Request, TokenLogprobs
+from multigraft.core.request import PENDING, FinishReason, Output, Request, TokenLogprobs
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.logprobs import prompt_logprobs
 from multigraft.engine.parts import EngineParts
-from multigraft.engine.sampler import Sampled
+from multigraft.engine.sampler import Launched, Sampled
 from multigraft.engine.structured import Matcher, token_masks
+from multigraft.models.runner import LateTokens, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,19 @@ class Submission:
 
 
 @dataclass(slots=True)
+class _InFlight:
+    """A step whose results are still to be collected."""
+
+    batch: Batch
+    output: StepOutput
+    spans: list[Span]
+    """Those that sample."""
+    live: list[Submission]
+    """Theirs."""
+    launched: Launched | None
+
+
+@dataclass(slots=True)
 class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -82,6 +96,8 @@ class EngineCore:
         self._wake = threading.Event()
         self._stopping = False
         self._copies: list[tuple[AdapterMove, object]] = []
+        self._in_flight: _InFlight | None = None
+        """On a GPU: the step that runs while the host schedules the next one."""
         self._failures = 0
         self._emitted = False
         self._thread = threading.Thread(target=self._run, name="multigraft-engine", daemon=True)
@@ -157,10 +173,10 @@ class EngineCore:
                 batch = self.scheduler.schedule()
                 for move in batch.loads:
                     self._start_load(move)
-                if batch:
+                if batch or self._in_flight is not None:
                     self._guarded_step(batch)
                 self._flush()
-                if not batch:
+                if not batch and self._in_flight is None:
                     self._wake.wait(0.001 if self._copies else 1.0)
         except BaseException as error:
             self.error = error
@@ -189,39 +205,86 @@ class EngineCore:
                     self._end(self._live[span.request.id], FinishReason.ERROR, error=error)
 
     def _step(self, batch: Batch) -> None:
+        """Launch a batch, then finish the step in flight, whose results the device has had time to compute.
+
+        If nothing in the batch needs its tokens on the host first, it stays in flight in turn: it is committed with
+        PENDING tokens, and the next step takes them from the device. A request that turns out to have ended has
+        computed one row too many.
+        """
+        before, self._in_flight = self._in_flight, None
+        step = None
+        try:
+            if batch:
+                step = self._launch(batch, before)
+        finally:
+            if before is not None:
+                self._collect(before, committed=True)
+        if step is None:
+            return
+        self.counters.steps += 1
+        if not self._may_lag(step):
+            self._collect(step, committed=False)
+            return
+        self._in_flight = step
+        self.scheduler.commit(batch, {s.request.id: PENDING for s in step.spans})
+        for submission in step.live:
+            request = submission.request
+            if len(request.tokens) == request.max_len and request.finish_reason is None:
+                self.scheduler.finish(request, FinishReason.LENGTH)  # nothing is to be scheduled any more
+
+    def _launch(self, batch: Batch, before: _InFlight | None) -> _InFlight:
         parts = self.parts
         now = time.monotonic()
         for span in batch.spans:
             submission = self._live[span.request.id]
             if submission.queue_seconds is None:
                 submission.queue_seconds = now - submission.submitted_at
-        output = parts.runner.execute(batch)
+        late = None
+        if before is not None and before.launched is not None:
+            late = LateTokens(before.launched.tokens, {s.request.id: i for i, s in enumerate(before.spans)})
+        output = parts.runner.execute(batch, late)
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
-        results: list[Sampled | InvalidLogits] = []
+        launched = None
         if live:
-            results = parts.sampler.sample(
+            launched = parts.sampler.launch(
                 output.logits[: output.num_sampled],
                 [span.request for span in spans],
                 token_masks([s.matcher for s in live]),
             )
+        return _InFlight(batch, output, spans, live, launched)
+
+    def _may_lag(self, step: _InFlight) -> bool:
+        if self.parts.loaded.device.type == "cpu" or step.output.scored:
+            return False
+        return all(s.matcher is None and self.parts.sampler.may_lag(s.request) for s in step.live)
+
+    def _collect(self, step: _InFlight, committed: bool) -> None:
+        """Hand a step's results out. committed: the scheduler has it, with PENDING tokens."""
+        parts, output = self.parts, step.output
+        results: list[Sampled | InvalidLogits] = []
+        if step.launched is not None:
+            results = parts.sampler.collect(step.launched)
         unscored: dict[str, InvalidLogits] = {}
         row = output.num_sampled
         for i, first, num in output.scored:
-            request = batch.spans[i].request
+            request = step.batch.spans[i].request
             try:
                 self._score_prompt(request, output.logits[row : row + num], first)
             except InvalidLogits as error:
                 unscored[request.id] = error
             row += num
-        tokens = {s.request.id: r.token for s, r in zip(live, results, strict=True) if isinstance(r, Sampled)}
-        self.scheduler.commit(batch, tokens)
-        self.counters.steps += 1
+        sampled = [(s, r) for s, r in zip(step.spans, results, strict=True) if isinstance(r, Sampled)]
+        if not committed:
+            self.scheduler.commit(step.batch, {span.request.id: result.token for span, result in sampled})
+        for span, result in sampled if committed else ():
+            if span.request.tokens[-1] == PENDING:
+                span.request.tokens[-1] = result.token
         for request_id, error in unscored.items():
             self._end(self._live[request_id], FinishReason.ERROR, error=error)
-        for submission, result in zip(live, results, strict=True):
-            if submission.request.id in unscored:
-                continue
+        for submission, result in zip(step.live, results, strict=True):
+            if self._live.get(submission.request.id) is not submission:
+                continue  # it ended meanwhile
             if isinstance(result, Sampled):
                 self._advance(submission, result)
             else:

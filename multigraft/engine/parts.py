@@ -6,6 +6,7 @@ import ctypes
 import logging
 import math
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from multigraft.engine.structured import StructuredOutput
 from multigraft.kvcache.pages import PagePool
 from multigraft.kvcache.tensors import PagedKV
 from multigraft.models import attention, backends, graft
+from multigraft.models.cuda_graphs import DecodeGraphs
+from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.runner import Runner
 from multigraft.models.segments import CpuGrafts, CudaGrafts
@@ -95,8 +98,16 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     kv = _allocate_kv(config, loaded)
     backend = backends.choose(config.model.attention_backend, kv)
     attention.attach(model, backend)
-    if config.model.compile:
+    on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
+    if config.model.compile or on_graphs:
         _compile_layers(model)
+    runner = Runner(model, backend, grafts, loaded.device)
+    if on_graphs:
+        started = time.monotonic()
+        runner.graphs = DecodeGraphs(
+            model, backend, grafts, max_rows=config.scheduler.max_num_seqs, max_len=loaded.max_model_len
+        )
+        progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
     store = AdapterStore(
         sites,
         config.adapters,
@@ -118,7 +129,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         config=config,
         loaded=loaded,
         sites=sites,
-        runner=Runner(model, backend, grafts, loaded.device),
+        runner=runner,
         bank=bank,
         store=store,
         scheduler=Scheduler(config.scheduler, pages, residency),

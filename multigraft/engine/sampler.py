@@ -47,6 +47,9 @@ class Launched:
 
     tokens: Tensor
     """(rows,) int64; -1 where the logits allow no draw."""
+    tokens_on_host: Tensor
+    copied: torch.cuda.Event | None
+    """When tokens_on_host has them; None: now."""
     logprob_rows: list[int]
     logprob_counts: list[int]
     logprobs: RankedLogprobs | None
@@ -55,8 +58,9 @@ class Launched:
 class Sampler:
     """Samples for the requests that were admitted and not yet released.
 
-    `launch` queues the device work without waiting; `collect` transfers its results. The tokens of the previous
-    step must be in `request.tokens` before the next launch: position and penalties are taken from there.
+    `launch` queues the device work without waiting; `collect` waits for its results. The tokens of the previous
+    step must be in `request.tokens` before the next launch: position and penalties are taken from there. For requests
+    that `may_lag`, PENDING in their place will do.
     """
 
     def __init__(
@@ -94,6 +98,11 @@ class Sampler:
         """Forget a request that ended; preempted ones stay admitted."""
         del self._rows[request.id]
 
+    def may_lag(self, request: Request) -> bool:
+        """Whether the next token can be sampled before the host knows the last one, and costs no other transfer."""
+        row = self._rows[request.id]
+        return row.counts is None and row.sampling.logprobs is None
+
     def sample(
         self, logits: Tensor, requests: Sequence[Request], masks: TokenMasks | None = None
     ) -> list[Sampled | InvalidLogits]:
@@ -104,14 +113,14 @@ class Sampler:
         assert logits.shape == (len(requests), self.vocab_size), (logits.shape, len(requests), self.vocab_size)
         rows = [self._rows[r.id] for r in requests]
         processed = self._process(logits, rows, requests, masks)
-        drawn = [i for i, row in enumerate(rows) if not row.greedy]
-        if len(drawn) == len(rows):
+        groups = self._groups(rows)
+        if len(groups) == 1 and len(groups[0]) == len(rows):
             best = processed.amax(dim=-1)
             tokens = self._draw(processed, best, None, rows, requests)
         else:
             # max, not argmax: it is three to five times as fast on the CPU, and its value shows NaN and infinity.
             best, tokens = processed.max(dim=-1)
-            if drawn:
+            for drawn in groups:
                 at = self._upload(np.array(drawn))
                 tokens[at] = self._draw(processed, best, at, [rows[i] for i in drawn], [requests[i] for i in drawn])
 
@@ -121,8 +130,17 @@ class Sampler:
             at = self._upload(np.array(asking))
             # Always the most there can be, so that the order among tied tokens does not depend on the batch.
             logprobs = rank_logprobs(logits[at], tokens[at], MAX_LOGPROBS)
+        tokens = torch.where(best.isfinite(), tokens, -1)
+        on_host, copied = tokens, None
+        if tokens.is_cuda:
+            # Queued here, as `collect` may come after the next step's launch and must not wait for that.
+            on_host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
         return Launched(
-            tokens=torch.where(best.isfinite(), tokens, -1),
+            tokens=tokens,
+            tokens_on_host=on_host,
+            copied=copied,
             logprob_rows=asking,
             logprob_counts=[rows[i].sampling.logprobs or 0 for i in asking],
             logprobs=logprobs,
@@ -130,7 +148,9 @@ class Sampler:
 
     def collect(self, launched: Launched) -> list[Sampled | InvalidLogits]:
         """The results, row by row, once the device has them; an error is of its row alone."""
-        tokens = launched.tokens.tolist()
+        if launched.copied is not None:
+            launched.copied.synchronize()
+        tokens = launched.tokens_on_host.tolist()
         logprobs: dict[int, TokenLogprobs] = {}
         if launched.logprobs is not None:
             entries = launched.logprobs.to_host(launched.logprob_counts)
@@ -141,6 +161,14 @@ class Sampler:
             else InvalidLogits("The model's logits are not finite, or leave no token that may be drawn.")
             for i, token in enumerate(tokens)
         ]
+
+    def _groups(self, rows: list[_Row]) -> list[list[int]]:
+        """The rows that are drawn, those together that one draw can serve: on a GPU rows that truncate go apart."""
+        drawn = [i for i, row in enumerate(rows) if not row.greedy]
+        if self.device.type == "cpu":
+            return [drawn] if drawn else []
+        groups = [i for i in drawn if not rows[i].truncates], [i for i in drawn if rows[i].truncates]
+        return [group for group in groups if group]
 
     def _process(
         self, logits: Tensor, rows: list[_Row], requests: Sequence[Request], masks: TokenMasks | None
@@ -169,10 +197,14 @@ class Sampler:
     def _draw(
         self, logits: Tensor, best: Tensor, at: Tensor | None, rows: Sequence[_Row], requests: Sequence[Request]
     ) -> Tensor:
-        """Tokens of the rows `at` of the logits (None: of all); best: every row's largest logit."""
+        """Tokens of the rows `at` of the logits (None: of all), one of `_groups`; best: every row's largest logit."""
         seeds = np.array([row.seed for row in rows], dtype=np.uint64)
         u = self._upload(uniforms(seeds, np.array([r.num_output for r in requests])))
         rates = self._upload(np.array([1.0 / row.sampling.temperature for row in rows], dtype=np.float32))
+        if logits.is_cuda and not rows[0].truncates:
+            from multigraft.kernels.draw_triton import draw_rows  # here, as machines without a GPU may have no Triton
+
+            return draw_rows(logits, self._upload(np.arange(len(rows))) if at is None else at, best, rates, u)
         tokens = []
         step = rows_at_once(self.vocab_size, self.device)
         for part in (slice(i, i + step) for i in range(0, len(rows), step)):
@@ -191,7 +223,8 @@ class Sampler:
         return torch.cat(tokens)
 
     def _upload(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 class _Row:

@@ -24,25 +24,26 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_SPLITS = 8
+FEW_RANKS = 16
+"""Up to this rank, expand multiplies and adds without tensor cores."""
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
-# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. Untuned first guesses; 1 is the
-# multiply-and-sum path without tensor cores.
+# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. FEW_R: ranks at a time where they are
+# few; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the warps load at once, so that a thread holds
+# all the ranks of its columns (else the sum over ranks goes through shared memory, and takes three times as long).
 SHRINK = {
-    1: {"BLOCK_R": 16, "BLOCK_K": 256, "CHUNK": 512, "num_warps": 4, "num_stages": 1},
-    16: {"BLOCK_R": 32, "BLOCK_K": 128, "CHUNK": 512, "num_warps": 4, "num_stages": 4},
+    4: {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
     64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    1: {"BLOCK_R": 16, "BLOCK_N": 512, "num_warps": 4, "num_stages": 1},
-    16: {"BLOCK_R": 16, "BLOCK_N": 256, "num_warps": 4, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 1},
+    4: {"BLOCK_R": 16, "BLOCK_N": 2048, "DOT_N": 128, "FEW_R": 4, "num_warps": 4, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "FEW_R": 8, "num_warps": 4, "num_stages": 1},
 }
 OUTER = {
-    16: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
 
@@ -105,16 +106,22 @@ def _sum_splits(h, mask, split_stride, SPLITS: tl.constexpr):
 def _shrink_kernel(
     h, x, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, x_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
+    if PDL:
+        gdc_launch_dependents()
     if slot < 0:
+        if PDL:
+            gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     member, left, width, split = _locate(tl.program_id(0), WIDTHS, BLOCKS)
     w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    if PDL:
+        gdc_wait()
     x += first_row * x_stride + left
     h += split.to(tl.int64) * split_stride + first_row * h_stride + first
     k_start = split * CHUNK
@@ -122,66 +129,107 @@ def _shrink_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     for r_start in range(0, rank, BLOCK_R):
         offs_r = r_start + tl.arange(0, BLOCK_R)
-        if BLOCK_M == 1:
-            acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-            for k in range(k_start, k_stop, BLOCK_K):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                in_k = offs_k < k_stop
-                x_k = tl.load(x + offs_k, mask=in_k, other=0.0).to(tl.float32)
-                mask = (offs_r < rank)[:, None] & in_k[None, :]
-                w_rk = tl.load(w + offs_r[:, None] * width + offs_k[None, :], mask=mask, other=0.0)
-                acc += x_k[None, :] * w_rk.to(tl.float32)
-            tl.store(h + offs_r, scale * tl.sum(acc, axis=1), mask=offs_r < rank)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for k in range(k_start, k_stop, BLOCK_K):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                in_k = offs_k < k_stop
-                mask = (offs_m < rows)[:, None] & in_k[None, :]
-                x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
-                mask = in_k[:, None] & (offs_r < rank)[None, :]
-                w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
-                acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
-            mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
-            tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k in range(k_start, k_stop, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            in_k = offs_k < k_stop
+            mask = (offs_m < rows)[:, None] & in_k[None, :]
+            x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
+            mask = in_k[:, None] & (offs_r < rank)[None, :]
+            w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
+            acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+        mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
+        tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
+
+
+@triton.jit
+def _four_rows(
+    y, h, w, rank, scale, rows, offs_n, in_n, width, split_stride, h_stride, y_stride,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[:4] += scale * h[:4] W by multiplying and adding: for few ranks a tensor core's operands cost more to lay out
+    than the products. Of `rows` (1 to 4) rows; each has an accumulator of its own, so that W is read once."""
+    nth = tl.zeros_like(offs_n)
+    n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
+    y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
+    y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+    y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+    y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+    acc0 = tl.zeros((BLOCK_N,), tl.float32)
+    acc1 = tl.zeros((BLOCK_N,), tl.float32)
+    acc2 = tl.zeros((BLOCK_N,), tl.float32)
+    acc3 = tl.zeros((BLOCK_N,), tl.float32)
+    for r_start in range(0, rank, BLOCK_R):
+        offs_r = r_start + tl.arange(0, BLOCK_R)
+        in_r = offs_r < rank
+        w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
+        w_rn = w_rn.to(tl.float32)
+        h0 = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
+        acc0 += tl.sum(h0[:, None] * w_rn, axis=0)
+        if rows > 1:
+            h1 = _sum_splits(h + h_stride + offs_r, in_r, split_stride, SPLITS)
+            acc1 += tl.sum(h1[:, None] * w_rn, axis=0)
+        if rows > 2:
+            h2 = _sum_splits(h + 2 * h_stride + offs_r, in_r, split_stride, SPLITS)
+            acc2 += tl.sum(h2[:, None] * w_rn, axis=0)
+        if rows > 3:
+            h3 = _sum_splits(h + 3 * h_stride + offs_r, in_r, split_stride, SPLITS)
+            acc3 += tl.sum(h3[:, None] * w_rn, axis=0)
+    tl.store(y + offs_n, (y0.to(tl.float32) + scale * acc0).to(y.dtype.element_ty), mask=in_n)
+    tl.store(y + y_stride + offs_n, (y1.to(tl.float32) + scale * acc1).to(y.dtype.element_ty), mask=n1)
+    tl.store(y + 2 * y_stride + offs_n, (y2.to(tl.float32) + scale * acc2).to(y.dtype.element_ty), mask=n2)
+    tl.store(y + 3 * y_stride + offs_n, (y3.to(tl.float32) + scale * acc3).to(y.dtype.element_ty), mask=n3)
 
 
 @triton.jit
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_N: tl.constexpr,
+    FEW_RANKS: tl.constexpr, FEW_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
     if slot < 0:
+        if PDL:
+            gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     member, left, width, block = _locate(tl.program_id(0), WIDTHS, BLOCKS)
     w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    if PDL:
+        gdc_wait()
     if rank == 0:
         return
     h += first_row * h_stride + first
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = offs_n < width
-    offs_m = tl.arange(0, BLOCK_M)
-    y_mn = y + first_row * y_stride + left + offs_m[:, None] * y_stride + offs_n[None, :]
-    y_mask = (offs_m < rows)[:, None] & in_n[None, :]
-    old = tl.load(y_mn, mask=y_mask, other=0.0)  # before the products: its latency hides behind theirs
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r_start in range(0, rank, BLOCK_R):
-        offs_r = r_start + tl.arange(0, BLOCK_R)
-        in_r = offs_r < rank
-        w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
-        if BLOCK_M == 1:
-            h_r = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
-            acc += tl.sum(h_r[:, None] * w_rn.to(tl.float32), axis=0)[None, :]
-        else:
-            h_mr = h + offs_m[:, None] * h_stride + offs_r[None, :]
-            h_mr = _sum_splits(h_mr, (offs_m < rows)[:, None] & in_r[None, :], split_stride, SPLITS)
-            acc = tl.dot(h_mr.to(y.dtype.element_ty), w_rn.to(y.dtype.element_ty), acc, input_precision="ieee")
-    tl.store(y_mn, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
+    y += first_row * y_stride + left
+    if (BLOCK_M <= 4) | (rank <= FEW_RANKS):
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = offs_n < width
+        for m in range(0, rows, 4):
+            _four_rows(
+                y + m * y_stride, h + m * h_stride, w, rank, scale, rows - m, offs_n, in_n, width,
+                split_stride, h_stride, y_stride, SPLITS, FEW_R, BLOCK_N,
+            )  # fmt: skip
+    else:
+        offs_m = tl.arange(0, BLOCK_M)
+        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
+            offs_n = n_start + tl.arange(0, DOT_N)
+            in_n = offs_n < width
+            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+            y_mask = (offs_m < rows)[:, None] & in_n[None, :]
+            old = tl.load(y_mn, mask=y_mask, other=0.0)
+            acc = tl.zeros((BLOCK_M, DOT_N), tl.float32)
+            for r_start in range(0, rank, BLOCK_R):
+                offs_r = r_start + tl.arange(0, BLOCK_R)
+                in_r = offs_r < rank
+                w_mask = in_r[:, None] & in_n[None, :]
+                w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=w_mask, other=0.0)
+                h_mr = h + offs_m[:, None] * h_stride + offs_r[None, :]
+                h_mr = _sum_splits(h_mr, (offs_m < rows)[:, None] & in_r[None, :], split_stride, SPLITS)
+                acc = tl.dot(h_mr.to(y.dtype.element_ty), w_rn.to(y.dtype.element_ty), acc, input_precision="ieee")
+            tl.store(y_mn, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit
@@ -248,6 +296,15 @@ def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
     return tuple(triton.cdiv(w, size) for w in widths)
 
 
+def _overlap(tensor: torch.Tensor) -> dict[str, bool]:
+    """Launch options. From Hopper on, a kernel may start while the one before it runs (programmatic dependent launch):
+    it reads its tables, and waits before it touches x, h or y. Every program waits, also those without work: the
+    kernel after this one takes its end for the end of all before."""
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
 def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> torch.Tensor:
     """h float32 (splits, T, columns) of x (T, sum(widths)); rows and columns of no tile and no rank stay unwritten."""
     blocks = dict(SHRINK[work.block_m])
@@ -259,7 +316,7 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
     _shrink_kernel[(splits * len(widths), len(work.tiles))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
         WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
-        CHUNK=chunk, BLOCK_M=work.block_m, **blocks,
+        CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x),
     )  # fmt: skip
     return h
 
@@ -271,7 +328,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, si
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
         WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
-        BLOCK_M=work.block_m, **options,
+        BLOCK_M=work.block_m, FEW_RANKS=FEW_RANKS, **options, **_overlap(y),
     )  # fmt: skip
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 UNUSED = -1
 """Slot of a tile that stands for no work."""
 
-DECODE_ROWS = 16
+DECODE_ROWS = 4
 PREFILL_ROWS = 64
-"""Rows a tile, `block_m`, for few and for many rows an adapter. lora_triton.py has block sizes for each."""
+"""Rows a tile, `block_m`, for few and for many rows an adapter. lora_triton.py has block sizes for each, and gradients
+for the latter."""
 
 
 def choose_block_m(num_rows: int, num_segments: int) -> int:
     """Rows a tile for this many adapted rows in this many segments."""
-    return PREFILL_ROWS if num_rows > 2 * DECODE_ROWS * num_segments else DECODE_ROWS
+    return PREFILL_ROWS if 4 * num_rows > PREFILL_ROWS * num_segments else DECODE_ROWS
 
 
 def build_tiles(
@@ -44,3 +46,20 @@ def build_tiles(
     tiles[:, 2] = UNUSED
     tiles[: len(work)] = work
     return tiles
+
+
+def cut_tiles(row_slot: np.ndarray, block_m: int) -> np.ndarray:
+    """Tiles, as of build_tiles, of rows with these slots (negative: none), in row order; int32 (n, 3) on the host."""
+    edges = np.flatnonzero(row_slot[1:] != row_slot[:-1]) + 1
+    first = np.concatenate(([0], edges))
+    lengths = np.diff(first, append=len(row_slot))
+    within = np.arange(len(row_slot)) - np.repeat(first, lengths)
+    starts = np.flatnonzero((within % block_m == 0) & (row_slot >= 0))
+    left = np.repeat(lengths, lengths)[starts] - within[starts]
+    return np.stack([starts, np.minimum(left, block_m), row_slot[starts]], axis=1).astype(np.int32)
+
+
+def max_tiles(num_rows: int, max_slots: int) -> int:
+    """Tiles of DECODE_ROWS that rows sorted by slot are cut into, at most."""
+    slots = min(num_rows, max_slots)
+    return slots + (num_rows - slots) // DECODE_ROWS

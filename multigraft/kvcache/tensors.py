@@ -9,7 +9,10 @@ from multigraft.core.batch import Batch
 
 
 class PagedKV:
-    """k and v: (layers, pages, page_size, key/value heads, head size), zeroed at the start."""
+    """k and v: (layers, num_pages + 1, page_size, key/value heads, head size), zeroed at the start.
+
+    The last page is nobody's: rows that only fill up a batch write there.
+    """
 
     def __init__(
         self,
@@ -22,10 +25,11 @@ class PagedKV:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages = num_pages
+        self.scratch_page = num_pages
         self.page_size = page_size
         self.nbytes = 2 * self.k.numel() * self.k.element_size()
 

@@ -49,12 +49,12 @@ def _attend_op(
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
     handle: int,
-    layer: int,
+    layer: torch.Tensor,
     scaling: float,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    return handles.lookup(handle).attend(layer, q_THD, k_TKD, v_TKD, scaling, window, softcap)
+    return handles.lookup(handle).attend(int(layer), q_THD, k_TKD, v_TKD, scaling, window, softcap)
 
 
 @_attend_op.register_fake
@@ -80,13 +80,12 @@ def _attend(
             raise ModelNotSupported(f"{type(module).__name__} passes {name!r} to attention, which is not implemented.")
     backend: AttentionBackend = module.multigraft_attention  # type: ignore[assignment]
     handle: int = module.multigraft_handle  # type: ignore[assignment]
-    layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if torch.compiler.is_compiling():
-        out = _attend_op(q, k, v, handle, layer, scaling, sliding_window, softcap)
+        out = _attend_op(q, k, v, handle, module.multigraft_layer, scaling, sliding_window, softcap)  # type: ignore[arg-type]
     else:
-        out = backend.attend(layer, q, k, v, scaling, sliding_window, softcap)
+        out = backend.attend(module.layer_idx, q, k, v, scaling, sliding_window, softcap)  # type: ignore[arg-type]
     return out[None], None
 
 
@@ -100,3 +99,5 @@ def attach(model: nn.Module, backend: AttentionBackend) -> None:
         if hasattr(module, "layer_idx"):
             object.__setattr__(module, "multigraft_attention", backend)
             module.multigraft_handle = handle  # type: ignore[assignment]
+            # A tensor: torch.compile would take an int for a constant, and compile each layer anew.
+            object.__setattr__(module, "multigraft_layer", torch.tensor(module.layer_idx))

@@ -36,8 +36,8 @@ class Grafts(Protocol):
 
 
 @torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
-def _graft_op(y: torch.Tensor, x: torch.Tensor, handle: int, site: int) -> None:
-    handles.lookup(handle).add(site, y, x)
+def _graft_op(y: torch.Tensor, x: torch.Tensor, handle: int, site: torch.Tensor) -> None:
+    handles.lookup(handle).add(int(site), y, x)
 
 
 class GraftPoint:
@@ -45,6 +45,7 @@ class GraftPoint:
 
     def __init__(self, site: Site, grafts: Grafts, handle: int):
         self.site = site.index
+        self.site_tensor = torch.tensor(site.index)  # an int would be compiled in, and each layer compiled anew
         self.grafts = grafts
         self.handle = handle
 
@@ -53,7 +54,7 @@ class GraftPoint:
             return
         y, x = y.flatten(0, -2), (x.flatten(0, -2) if x.is_floating_point() else x.flatten())
         if torch.compiler.is_compiling():
-            _graft_op(y, x, self.handle, self.site)
+            _graft_op(y, x, self.handle, self.site_tensor)
         else:
             self.grafts.add(self.site, y, x)
 

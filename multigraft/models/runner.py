@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from multigraft.core.batch import Batch
+from multigraft.core.batch import Batch, Span
+from multigraft.core.request import PENDING
 from multigraft.models.attention import AttentionBackend
+from multigraft.models.cuda_graphs import DecodeGraphs
 from multigraft.models.segments import NO_SLOT, CpuGrafts, CudaGrafts
 
 
@@ -24,6 +26,21 @@ class StepOutput:
     """(span index, first position, number of rows): prompt rows asked for their log-probabilities, in order."""
 
 
+@dataclass(frozen=True, slots=True)
+class LateTokens:
+    """The last step's tokens, which stand as PENDING in their requests: the device has them, the host does not."""
+
+    tokens: torch.Tensor
+    """(rows,) int64 on the device; negative where sampling failed, and then any token will do."""
+    rows: dict[str, int]
+    """Row by request id."""
+
+    def row(self, span: Span) -> int:
+        """The row of a span's last token; -1 when the host knows it."""
+        request = span.request
+        return self.rows[request.id] if span.samples and request.tokens[-1] == PENDING else -1
+
+
 class Runner:
     def __init__(
         self, model: nn.Module, attention: AttentionBackend, grafts: CpuGrafts | CudaGrafts, device: torch.device
@@ -32,10 +49,17 @@ class Runner:
         self.attention = attention
         self.grafts = grafts
         self.device = device
+        self.graphs: DecodeGraphs | None = None
+        """When set, runs the steps that it covers."""
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepOutput:
-        """One forward pass over every span; KV of all rows is written to their requests' pages."""
+    def execute(self, batch: Batch, late: LateTokens | None = None) -> StepOutput:
+        """One forward pass over every span; KV of all rows is written to their requests' pages.
+
+        late: has every token that is PENDING. Logits are valid until the next call.
+        """
+        if self.graphs is not None and self.graphs.covers(batch):
+            return StepOutput(logits=self.graphs.run(batch, late), num_sampled=len(batch.spans), scored=[])
         num_rows = batch.num_tokens
         ids = np.empty(num_rows, dtype=np.int64)
         positions = np.empty(num_rows, dtype=np.int64)
@@ -64,8 +88,14 @@ class Runner:
         head_rows = np.array(sampled + scored_rows, dtype=np.int64)
         self.attention.begin(batch)
         self.grafts.begin(row_slot, head_rows)
+        input_ids = torch.from_numpy(ids).to(self.device)
+        if late is not None:
+            ends = np.cumsum([s.length for s in batch.spans]) - 1
+            source = np.array([late.row(s) for s in batch.spans])
+            to, of = (torch.from_numpy(a[source >= 0]).to(self.device) for a in (ends, source))
+            input_ids[to] = late.tokens[of].clamp(min=0)
         logits = self.model(
-            input_ids=torch.from_numpy(ids)[None].to(self.device),
+            input_ids=input_ids[None],
             position_ids=torch.from_numpy(positions)[None].to(self.device),
             use_cache=False,
             logits_to_keep=torch.from_numpy(head_rows).to(self.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora import segmented_lora_
 from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_equal_segments, add_segment
-from multigraft.kernels.tiles import build_tiles, choose_block_m
+from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 
 NO_SLOT = -1
 
@@ -150,43 +151,81 @@ class CudaGrafts:
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
 
+    @property
+    def in_body_only(self) -> bool:
+        """Whether every adapter on the device acts on the decoder's linears alone: nothing else is captured."""
+        captured = (s.index for s in self.sites if s.kind is SiteKind.LINEAR and s.index not in self.head_sites)
+        return not any(self.bank.entries(site) for site in {s.index for s in self.sites}.difference(captured))
+
+    def warm_up(self) -> None:
+        """Compile the kernels of the decoder layers for either tile size, so that no request waits for it."""
+        bank = self.bank
+        tiles = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
+        body = [s for s in self.sites if s.kind is SiteKind.LINEAR and s.index not in self.head_sites]
+        for site in {(s.in_features, s.out_features): s for s in body}.values():
+            x = bank.arena.new_zeros(2, site.in_features)
+            y = bank.arena.new_zeros(2, sum(site.out_features))
+            for block_m in (DECODE_ROWS, PREFILL_ROWS):
+                self._launch(site, y, x, _Tiles(tiles, block_m))
+
+    def begin_fixed(self, tiles: torch.Tensor | None, block_m: int) -> None:
+        """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device; None: of one without adapters.
+
+        Every linear of the body gets its kernels, whatever acts there now.
+        """
+        self.active = tiles is not None
+        self._body = _Tiles(tiles, block_m) if tiles is not None else None
+        self._head = None
+
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
         """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
         self.active = bool((row_slot != NO_SLOT).any())
         if self.active:
-            self._body = _Tiles(row_slot, self.bank.device)
-            self._head = _Tiles(row_slot[head_rows], self.bank.device)
+            self._body = _Tiles.of(row_slot, self.bank.device)
+            self._head = _Tiles.of(row_slot[head_rows], self.bank.device)
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         tiles = self._head if site in self.head_sites else self._body
         where, bank = self.sites[site], self.bank
-        assert tiles is not None
+        if tiles is None or (tiles.segments is None and where.kind is not SiteKind.LINEAR):
+            return
         if where.kind is SiteKind.EMBEDDING:
             add_embedding(bank, site, y, x, tiles.segments)
         elif where.kind is SiteKind.RESIDUAL:
             add_residual(bank, site, y, tiles.segments)
-        elif tiles.segments and bank.entries(site):
-            members = len(where.members)
-            segmented_lora_(
-                y,
-                x,
-                bank.arena,
-                bank.table[site, :, :members],
-                bank.scales[site, :, :members],
-                tiles.table,
-                where.out_features,
-                tiles.block_m,
-                self.max_rank,
-            )
+        elif tiles.segments is None or (tiles.segments and bank.entries(site)):
+            self._launch(where, y, x, tiles)
+
+    def _launch(self, site: Site, y: torch.Tensor, x: torch.Tensor, tiles: _Tiles) -> None:
+        bank, members = self.bank, len(site.members)
+        segmented_lora_(
+            y,
+            x,
+            bank.arena,
+            bank.table[site.index, :, :members],
+            bank.scales[site.index, :, :members],
+            tiles.table,
+            site.out_features,
+            tiles.block_m,
+            self.max_rank,
+        )
 
 
+@dataclass(frozen=True, slots=True)
 class _Tiles:
-    def __init__(self, row_slot: np.ndarray, device: torch.device):
-        self.segments = cut_segments(row_slot)
-        bounds = torch.tensor([s[:2] for s in self.segments], dtype=torch.int32).view(-1, 2)
-        slots = torch.tensor([s[2] for s in self.segments], dtype=torch.int32)
-        self.block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(self.segments)))
-        self.table = build_tiles(bounds, slots, self.block_m).pin_memory().to(device, non_blocking=True)
+    table: torch.Tensor
+    block_m: int
+    segments: list[tuple[int, int, int]] | None = None
+    """None: known on the device only."""
+
+    @classmethod
+    def of(cls, row_slot: np.ndarray, device: torch.device) -> _Tiles:
+        segments = cut_segments(row_slot)
+        bounds = torch.tensor([s[:2] for s in segments], dtype=torch.int32).view(-1, 2)
+        slots = torch.tensor([s[2] for s in segments], dtype=torch.int32)
+        block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(segments)))
+        table = build_tiles(bounds, slots, block_m).pin_memory().to(device, non_blocking=True)
+        return cls(table, block_m, segments)
 
 
 def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:

@@ -1,7 +1,7 @@
 """Cases for the segmented LoRA operation, with an oracle that shares no code and no layout with it.
 
-test_lora_triton.py runs where Triton can: on a GPU, or in Triton's interpreter when TRITON_INTERPRET=1 was set
-before Triton's first import. Elsewhere test_lora.py runs it in a process of its own, which leaves other tests alone.
+test_*_triton.py run where Triton can: on a GPU, or in Triton's interpreter when TRITON_INTERPRET=1 was set
+before Triton's first import. Elsewhere test_lora.py runs them in a process of its own, which leaves other tests alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from multigraft.kernels.tiles import build_tiles
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 
-collect_ignore = [] if INTERPRETED or DEVICE == "cuda" else ["test_lora_triton.py"]
+collect_ignore = [] if INTERPRETED or DEVICE == "cuda" else ["test_lora_triton.py", "test_draw_triton.py"]
 
 Factor = tuple[torch.Tensor, torch.Tensor, float]
 """A (rank, in) and B (rank, out) in float64, scale."""

@@ -1,0 +1,200 @@
+"""CUDA graphs of decode steps: a step of one row a request is one launch instead of a thousand.
+
+Two graphs for each of a few row counts: one without any adapter operation, one with them. Neither depends on which
+adapters there are: the work table lies in a fixed buffer, as do all inputs, and is filled anew for each step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from multigraft.core.batch import Batch, Phase
+from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles, max_tiles
+from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
+from multigraft.models.segments import NO_SLOT, CudaGrafts
+
+if TYPE_CHECKING:
+    from multigraft.models.runner import LateTokens
+
+UNKNOWN = -1
+
+
+class DecodeGraphs:
+    """Captured when made; then `run` replays the smallest graph that holds a batch's rows.
+
+    Rows that only fill up attend over one scratch position, write their key and value there, and use no adapter. The
+    forward pass is captured whole, output head included. Nothing here waits for the device except for the copies of
+    the step before, which must have left the pinned buffer.
+    """
+
+    def __init__(
+        self, model: nn.Module, attention: FlashInferBackend, grafts: CudaGrafts, *, max_rows: int, max_len: int
+    ):
+        """max_rows: requests of a step; max_len: tokens of a request."""
+        self.model = model
+        self.attention = attention
+        self.grafts = grafts
+        self.sizes = padded_sizes(max_rows)
+        self._inputs = _Inputs(
+            max_rows=self.sizes[-1],
+            max_tiles=max_tiles(self.sizes[-1], grafts.bank.max_slots),
+            max_pages=self.sizes[-1] * -(-max_len // attention.kv.page_size),
+            device=attention.kv.k.device,
+        )
+        vocab = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        dtype = attention.kv.k.dtype
+        self._logits = torch.empty(self.sizes[-1], vocab, dtype=dtype, device=attention.kv.k.device)
+        self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        grafts.warm_up()
+        self._capture_all()
+
+    def covers(self, batch: Batch) -> bool:
+        """Decode rows alone, not more than were captured, no adapter acting outside the decoder layers.
+
+        A prompt's last position, alone in its step, is such a row too.
+        """
+        first = batch.spans[0]
+        scored = first.request.sampling.prompt_logprobs is not None
+        alone = len(batch.spans) == first.length == 1 and first.samples and not scored
+        decodes = first.phase is Phase.DECODE  # phases are in order, and DECODE is the last
+        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and self.grafts.in_body_only
+
+    def run(self, batch: Batch, late: LateTokens | None = None) -> torch.Tensor:
+        """(spans, vocab) logits, valid until the next run; to be called in inference mode."""
+        size = self._size(len(batch.spans))
+        adapted = self._prepare(batch, size, late)
+        if late is not None:
+            self._late_tokens[: len(late.tokens)].copy_(late.tokens)
+        self._graphs[size, adapted].replay()
+        return self._logits[: len(batch.spans)]
+
+    def _size(self, num_rows: int) -> int:
+        return self.sizes[bisect_left(self.sizes, num_rows)]
+
+    def _prepare(self, batch: Batch, size: int, late: LateTokens | None = None) -> bool:
+        """Fill the inputs for `size` rows, the batch's first, and plan attention; whether any row is adapted."""
+        spans, inputs, kv = batch.spans, self._inputs, self.attention.kv
+        n, p = len(spans), kv.page_size
+        inputs.wait()
+        starts = np.fromiter((s.start for s in spans), np.int64, n)
+        inputs.ids[:n] = np.fromiter((s.request.tokens[s.start] for s in spans), np.int64, n)
+        inputs.ids[n:size] = 0
+        inputs.late_rows[:size] = UNKNOWN
+        if late is not None:
+            inputs.late_rows[:n] = np.fromiter((late.row(s) for s in spans), np.int64, n)
+        inputs.positions[:n] = starts
+        inputs.positions[n:size] = 0
+        counts = np.ones(size, dtype=np.int64)
+        counts[:n] = starts // p + 1
+        num_pages = int(counts[:n].sum())
+        inputs.pages[:num_pages] = gather_pages(spans, counts[:n])
+        inputs.pages[num_pages : num_pages + size - n] = kv.scratch_page
+        ends = counts.cumsum()
+        inputs.indptr[1 : size + 1] = ends
+        inputs.last_page_len[:n] = starts % p + 1
+        inputs.last_page_len[n:size] = 1
+        inputs.kv_rows[:size] = inputs.pages[ends - 1].astype(np.int64) * p + inputs.last_page_len[:size] - 1
+        # A decode row is its request's last position, so it is adapted if its span has a slot.
+        row_slot = np.fromiter((NO_SLOT if s.slot is None else s.slot for s in spans), np.int32, n)
+        adapted = bool((row_slot != NO_SLOT).any())
+        if adapted:
+            tiles = cut_tiles(row_slot, DECODE_ROWS)
+            inputs.tiles[:, 2] = UNUSED
+            inputs.tiles[: len(tiles)] = tiles
+        inputs.send(num_pages + size - n)
+        self._begin(size)
+        inputs.mark()
+        return adapted
+
+    def _begin(self, size: int) -> None:
+        inputs, on_device = self._inputs, self._inputs.on_device
+        self.attention.begin_fixed(
+            on_device["kv_rows"][:size],
+            inputs.indptr_host[: size + 1],
+            inputs.last_page_len_host[:size],
+            FixedPages(inputs.device_indptr[: size + 1], on_device["pages"], inputs.device_last_page_len[:size]),
+        )
+
+    def _forward(self, size: int) -> None:
+        ids, positions, late = (self._inputs.on_device[name][:size] for name in ("ids", "positions", "late_rows"))
+        ids = torch.where(late < 0, ids, self._late_tokens[late.clamp(min=0)].clamp(min=0))
+        out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
+        self._logits[:size].copy_(out)
+
+    @torch.inference_mode()
+    def _capture_all(self) -> None:
+        """Largest first, so that the smaller ones fit into its memory. A first pass outside compiles and plans."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self.sizes):
+            num_tiles = max_tiles(size, self.grafts.bank.max_slots)
+            tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
+            for adapted in (False, True):
+                self._inputs.tiles[:, 2] = UNUSED
+                self._prepare(Batch(), size)
+                self.grafts.begin_fixed(tiles if adapted else None, DECODE_ROWS)
+                self._forward(size)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self._forward(size)
+                self._graphs[size, adapted] = graph
+
+
+class _Inputs:
+    """What a captured step reads, in one device buffer and its pinned twin on the host, which goes over in one copy."""
+
+    def __init__(self, *, max_rows: int, max_tiles: int, max_pages: int, device: torch.device):
+        fields = {
+            "ids": (np.int64, max_rows),
+            "positions": (np.int64, max_rows),
+            "late_rows": (np.int64, max_rows),
+            "kv_rows": (np.int64, max_rows),
+            "tiles": (np.int32, 3 * max_tiles),
+            "pages": (np.int32, max_pages),  # last, as most of it is not in use and not copied
+        }
+        total = sum(np.dtype(dtype).itemsize * count for dtype, count in fields.values())
+        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
+        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
+        self.on_device: dict[str, torch.Tensor] = {}
+        views: dict[str, np.ndarray] = {}
+        start = 0
+        for name, (dtype, count) in fields.items():
+            stop = start + np.dtype(dtype).itemsize * count
+            views[name] = self._host.numpy()[start:stop].view(dtype)
+            self.on_device[name] = self._device[start:stop].view(torch.int64 if dtype is np.int64 else torch.int32)
+            self._pages_start, start = start, stop
+        self.ids, self.positions, self.late_rows = views["ids"], views["positions"], views["late_rows"]
+        self.kv_rows = views["kv_rows"]
+        self.tiles = views["tiles"].reshape(-1, 3)
+        self.pages = views["pages"]
+        # FlashInfer copies these two itself when it plans.
+        self.indptr_host = torch.zeros(max_rows + 1, dtype=torch.int32, pin_memory=True)
+        self.last_page_len_host = torch.ones(max_rows, dtype=torch.int32, pin_memory=True)
+        self.indptr, self.last_page_len = self.indptr_host.numpy(), self.last_page_len_host.numpy()
+        self.device_indptr = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
+        self.device_last_page_len = torch.ones(max_rows, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event()
+
+    def wait(self) -> None:
+        """Until the copies queued before `mark` are done, and the host's side may be written again."""
+        self._copied.synchronize()
+
+    def send(self, num_pages: int) -> None:
+        stop = self._pages_start + 4 * num_pages
+        self._device[:stop].copy_(self._host[:stop], non_blocking=True)
+
+    def mark(self) -> None:
+        self._copied.record()
+
+
+def padded_sizes(max_rows: int) -> list[int]:
+    """Row counts to capture, ascending, the last at least max_rows. None is 1: torch.compile would take the dimension
+    for a constant, and compile the layers once more."""
+    sizes = [2, 4, 8, *range(16, max_rows + 16, 16)]
+    return sizes[: bisect_left(sizes, max_rows) + 1]
