@@ -154,11 +154,11 @@ def test_rule_3_64_users_of_64_adapters_decode_together_over_4_slots(llama: Worl
         together = []
         run = parts.runner.execute
 
-        def execute(batch: Batch):
+        def execute(batch: Batch, late=None):
             if all(span.phase is Phase.DECODE for span in batch.spans):
                 together.append(len(batch.spans))
                 assert all(span.slot is None and span.request.slot is None for span in batch.spans)
-            return run(batch)
+            return run(batch, late)
 
         parts.runner.execute = execute
         results = engine.generate(prompts, sampling, list(adapters))
@@ -180,14 +180,14 @@ def test_rule_3_pinned_again_after_preemption(llama: World, jobs, expected) -> N
         parts = engine._engine.parts
         run = parts.runner.execute
 
-        def execute(batch: Batch):
+        def execute(batch: Batch, late=None):
             nonlocal pinned_again
             for span in batch.spans:
                 pinned_again += span.slot is not None and span.request.num_preemptions > 0
                 assert (span.request.slot is not None) == (
                     span.request.adapter is not None and span.start < span.request.prompt_len
                 )
-            return run(batch)
+            return run(batch, late)
 
         parts.runner.execute = execute
         assert answers(engine, jobs[1:]) == expected[1:]
@@ -240,10 +240,10 @@ def test_rule_6_pure_decode_calls_no_adapter_code(llama: World, jobs, monkeypatc
         parts = engine._engine.parts
         run = parts.runner.execute
 
-        def execute(batch: Batch):
+        def execute(batch: Batch, late=None):
             before, pure = calls, all(span.phase is Phase.DECODE for span in batch.spans)
             try:
-                return run(batch)
+                return run(batch, late)
             finally:
                 seen[pure].append(calls - before)
 

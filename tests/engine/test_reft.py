@@ -106,9 +106,9 @@ def test_a_slot_is_held_for_prompt_ends_only_while_they_are_to_come(llama: World
         parts = engine._engine.parts
         run = parts.runner.execute
 
-        def execute(batch):
+        def execute(batch, late=None):
             held.extend((span.start, span.slot is not None, span.request.slot is not None) for span in batch.spans)
-            return run(batch)
+            return run(batch, late)
 
         parts.runner.execute = execute
         answers(engine, [("loreft-f4", list(range(3, 23)))])
