@@ -190,6 +190,7 @@ def plot(rows: list[dict[str, Any]], adapters: list[int], file: Path) -> None:
         )
         axis.set_ylim(bottom=0)
         axis.set_xticks(adapters, [str(n) for n in adapters], minor=False)
+        axis.minorticks_off()
         axis.legend()
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=150)
