@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import MultigraftError
-from multigraft.core.request import SamplingParams, Scope, StructuredSpec
+from multigraft.core.region import Scope
+from multigraft.core.request import SamplingParams, StructuredSpec
 
 if TYPE_CHECKING:
     from multigraft.engine.async_engine import AsyncEngine

@@ -11,7 +11,7 @@ from .serve import register
 
 app = typer.Typer(
     name="multigraft",
-    help="Hundreds of LoRA adapters on one base model, served together.",
+    help="Hundreds of LoRA and ReFT adapters on one base model, served together.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

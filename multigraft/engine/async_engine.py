@@ -16,7 +16,8 @@ from multigraft.core.errors import (
     InvalidRequest,
     ShuttingDown,
 )
-from multigraft.core.request import AdapterRef, Output, Request, SamplingParams, Scope
+from multigraft.core.region import Scope
+from multigraft.core.request import AdapterRef, Output, Request, SamplingParams
 from multigraft.engine.client import EngineInfo, EngineStats, ModelCard
 from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer

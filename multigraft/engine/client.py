@@ -9,7 +9,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from multigraft.core.request import Output, SamplingParams, Scope
+from multigraft.core.region import Scope
+from multigraft.core.request import Output, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ def add_equal_segments(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Facto
     y, x = y.view(num, -1, y.shape[1]), x.view(num, -1, x.shape[1])
     h = torch.bmm(x, torch.stack([f.a for f in factors]).transpose(1, 2))
     if first.c is not None:
-        h += torch.stack([f.c for f in factors])[:, None]
+        h += torch.stack([f.c for f in factors if f.c is not None])[:, None]
     row = col = 0
     for m, (rank, scale, b) in enumerate(zip(first.ranks, first.scales, first.b, strict=True)):
         if rank:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from multigraft.core.errors import InvalidRequest
-from multigraft.core.request import Scope
+from multigraft.core.region import Scope
 
 MAX_N = 128
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from multigraft.core.config import ServerConfig
 from multigraft.core.errors import ModelNotFound
-from multigraft.core.request import FinishReason, Output, SamplingParams, Scope
+from multigraft.core.region import Scope
+from multigraft.core.request import FinishReason, Output, SamplingParams
 from multigraft.engine.client import EngineClient
 from multigraft.metrics import ServingMetrics
 

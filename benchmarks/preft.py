@@ -1,0 +1,244 @@
+"""Prefill-only adapters against adapters on all tokens: LoRA, LoRA-P, DiReFT, DiReFT-P, and the base model.
+
+For each method, number of adapters and prompt:output shape: output tok/s, share of the base model, time to first
+token and time for each further token (medians), device slots in use at the end, and bytes of one adapter. All
+requests are sent at once, spread evenly over the adapters, random prompts, temperature 1, EOS ignored. A first,
+unmeasured round brings the adapters into host memory. Methods on all tokens have a device slot for every adapter;
+prefill-only ones share --prefill-slots. Prints a table, draws throughput against the number of adapters (PNG), and
+ends in one JSON line; --save appends the line to benchmarks/results/preft.jsonl.
+
+    python -m benchmarks.preft MODEL_FOLDER --adapters 1 16 --requests 32 --shapes 128:64          (CPU)
+    python -m benchmarks.preft random-8b --adapters 1 16 64 256 512 --shapes 512:128 128:256 --rank 8 16     (one GPU)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from benchmarks.common import RESULTS, finish, write_adapter
+from benchmarks.gpu.serve import LLAMA_8B
+from multigraft import AsyncEngine, SamplingParams, Scope
+from multigraft.engine.offline import make_config
+
+SOURCES = 4
+"""Distinct adapters on disk for each method; the others are links. Each is a copy on the device."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    family: str | None
+    """Prefix of its adapters' names; None is the base model."""
+    scope: Scope | None = None
+
+
+METHODS = (
+    Method("base", None),
+    Method("LoRA", "lora", Scope.ALL),
+    Method("DiReFT", "direft", Scope.ALL),
+    Method("LoRA-P", "lora", Scope.PREFILL),
+    Method("DiReFT-P", "direft", Scope.PREFILL),
+)
+
+
+def write_direft(folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int) -> Path:
+    """DiReFT of random matrices on every layer and position."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, layers = {}, list(range(config.num_hidden_layers))
+    for layer in layers:
+        rotate = torch.linalg.qr(torch.randn(config.hidden_size, rank, generator=generator))[0].T
+        weight = torch.randn(rank, config.hidden_size, generator=generator) * 0.01
+        for name, tensor in (("rotate", rotate), ("weight", weight), ("bias", torch.zeros(rank))):
+            tensors[f"base_model.model.model.layers.{layer}.reft.{name}"] = tensor.contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "REFT", "reft_method": "direft", "r": rank, "layers": layers, "positions": "all"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def write_all(root: Path, config: transformers.PretrainedConfig, rank: int, count: int) -> Path:
+    """A folder of `count` adapters of each family, lora0, lora1, …, direft0, …"""
+    folder = root / f"adapters-{rank}"
+    folder.mkdir()
+    for family, write in (("lora", write_adapter), ("direft", write_direft)):
+        sources = [write(root / f"{family}-{rank}-{i}", config, rank, seed=i) for i in range(min(count, SOURCES))]
+        for i in range(count):
+            (folder / f"{family}{i}").symlink_to(sources[i % len(sources)])
+    return folder
+
+
+async def one_round(
+    engine: AsyncEngine, method: Method, names: list[str | None], prompts: list[list[int]], output_len: int
+) -> dict[str, float]:
+    """All requests at once."""
+    sampling = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
+    first: list[float] = []
+    each: list[float] = []
+
+    async def one(name: str | None, prompt: list[int]) -> None:
+        began = time.perf_counter()
+        begun, count = None, 0
+        async for output in engine.generate(prompt, sampling, model=name, scope=method.scope):
+            count += len(output.token_ids)
+            begun = begun or time.perf_counter()
+        assert begun is not None and count == output_len
+        first.append(begun - began)
+        each.append((time.perf_counter() - begun) / max(1, count - 1))
+
+    began = time.perf_counter()
+    await asyncio.gather(*map(one, names, prompts))
+    seconds = time.perf_counter() - began
+    return {
+        "tok_s": len(names) * output_len / seconds,
+        "ttft_s": statistics.median(first),
+        "tpot_s": statistics.median(each),
+    }
+
+
+async def run_engine(
+    args: argparse.Namespace, methods: list[Method], rank: int, slots: int, folder: Path, vocab: int, settings: Any
+) -> list[dict[str, Any]]:
+    """Rows of the methods that one engine serves."""
+    largest = max((path / "adapter_model.safetensors").stat().st_size for path in folder.iterdir())
+    engine = await AsyncEngine.start(
+        make_config(
+            **settings,
+            max_loras=slots,
+            adapter_memory_gib=slots * (largest + 2**20) / 2**30,
+            max_cpu_loras=2 * max(args.adapters),
+            max_lora_rank=max(16, rank),
+            lora_dir=folder,
+            enable_prefix_caching=False,
+            max_num_seqs=args.max_num_seqs,
+            compile=args.compile,
+        )
+    )
+    rng, rows = np.random.default_rng(0), []
+    for shape in args.shapes:
+        prompt_len, output_len = map(int, shape.split(":"))
+        for method in methods:
+            for num in [0] if method.family is None else args.adapters:
+                names = [f"{method.family}{i % num}" if num else None for i in range(args.requests)]
+                rounds = []
+                for _ in range(args.repeats + 1):
+                    prompts = rng.integers(10, vocab, (args.requests, prompt_len)).tolist()
+                    rounds.append(await one_round(engine, method, names, prompts, output_len))
+                best = max(rounds[1:], key=lambda r: r["tok_s"])
+                nbytes = engine.parts.store.resolve(names[0]).nbytes if names[0] else 0
+                held = engine.stats().slots_used
+                row = {"shape": shape, "method": method.name, "rank": rank, "adapters": num}
+                rows.append(row | best | {"slots": held if num else 0, "adapter_bytes": nbytes})
+                print(rows[-1], flush=True)
+    await engine.shutdown(1.0)
+    return rows
+
+
+def share_of_base(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        base = next(r for r in rows if r["method"] == "base" and (r["shape"], r["rank"]) == (row["shape"], row["rank"]))
+        row["share"] = row["tok_s"] / base["tok_s"]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("shape", "rank", "method", "adapters", "tok/s", "of base", "TTFT s", "TPOT ms", "slots", "MiB each")
+    for r in rows:
+        table.add_row(
+            r["shape"], str(r["rank"]), r["method"], str(r["adapters"]), f"{r['tok_s']:.0f}", f"{r['share']:.2f}",
+            f"{r['ttft_s']:.2f}", f"{1e3 * r['tpot_s']:.1f}", str(r["slots"]), f"{r['adapter_bytes'] / 2**20:.2f}",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+def plot(rows: list[dict[str, Any]], adapters: list[int], file: Path) -> None:
+    """One panel for each shape and rank, one line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(r["shape"], r["rank"]) for r in rows})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for method in METHODS:
+            mine = [r for r in rows if r["method"] == method.name and (r["shape"], r["rank"]) == panel]
+            if method.family is None:
+                axis.axhline(mine[0]["tok_s"], color="black", linestyle="--", label="base")
+            elif mine:
+                style = "-" if method.scope is Scope.PREFILL else ":"
+                axis.plot(
+                    [r["adapters"] for r in mine], [r["tok_s"] for r in mine], style, marker="o", label=method.name
+                )
+        axis.set(
+            xscale="log", xlabel="adapters", ylabel="output tok/s", title=f"prompt:output {panel[0]}, r={panel[1]}"
+        )
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(adapters, [str(n) for n in adapters], minor=False)
+        axis.minorticks_off()
+        axis.legend()
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=150)
+    print(f"drew {file}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder, or random-8b for random weights of Llama-3.1-8B's shape on a GPU")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 64, 256, 512])
+    parser.add_argument("--shapes", nargs="+", default=["512:128", "128:256"])
+    parser.add_argument("--rank", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], choices=[m.name for m in METHODS])
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--prefill-slots", type=int, default=32)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--plot", type=Path, default=Path(os.environ.get("OUT", RESULTS)) / "preft.png")
+    parser.add_argument("--save", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    chosen = [m for m in METHODS if m.name in {"base", *args.methods}]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        settings: dict[str, Any] = {"model": args.model, "device": "cpu", "dtype": "bfloat16", "kv_cache_gib": 1.0}
+        if args.model == "random-8b":
+            (root / "model").mkdir()
+            (root / "model" / "config.json").write_text(json.dumps(LLAMA_8B))
+            settings = {"model": str(root / "model"), "load_format": "dummy", "device": "cuda", "max_model_len": 2048}
+        config = transformers.AutoConfig.from_pretrained(settings["model"])
+        for rank in args.rank:
+            folder = write_all(root, config, rank, max(args.adapters))
+            for prefill, slots in ((False, max(args.adapters)), (True, min(args.prefill_slots, max(args.adapters)))):
+                methods = [m for m in chosen if (m.scope is Scope.PREFILL) == prefill]
+                if methods:
+                    run = run_engine(args, methods, rank, slots, folder, config.vocab_size, settings)
+                    rows += asyncio.run(run)
+    share_of_base(rows)
+    show(rows)
+    plot(rows, args.adapters, args.plot)
+    used = ("model", "requests", "prefill_slots", "max_num_seqs", "repeats", "compile")
+    finish("preft", {k: getattr(args, k) for k in used}, rows, save=args.save)
+
+
+if __name__ == "__main__":
+    main()
