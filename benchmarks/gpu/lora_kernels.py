@@ -242,26 +242,10 @@ def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
-    ("SHRINK", 1): options("BLOCK_K", (8, 256, 4, 1, 512), (16, 256, 4, 1, 1024), (8, 512, 4, 1, 1024)),
-    ("SHRINK", 16): options(
-        "BLOCK_K",
-        *((16, 128, 4, 4, 512), (32, 256, 4, 2, 512), (32, 256, 4, 3, 1024), (32, 128, 2, 4, 512)),
-        *((32, 64, 4, 6, 512), (64, 128, 4, 4, 512), (32, 128, 4, 4, 1024)),
-    ),
-    ("SHRINK", 64): options(
-        "BLOCK_K",
-        *((32, 64, 4, 4, 2048), (64, 64, 4, 4, 1024), (64, 128, 4, 3, 2048), (32, 128, 4, 3, 1024)),
-        *((64, 64, 8, 4, 2048), (128, 64, 8, 4, 2048)),
-    ),
-    ("EXPAND", 1): options("BLOCK_N", (8, 512, 4, 1), (8, 1024, 4, 1), (16, 256, 4, 1), (8, 256, 2, 1)),
-    ("EXPAND", 16): options(
-        "BLOCK_N",
-        *((16, 128, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (32, 256, 4, 1), (16, 128, 2, 1)),
-    ),
-    ("EXPAND", 64): options(
-        "BLOCK_N",
-        *((16, 128, 4, 1), (32, 256, 8, 1), (32, 64, 4, 1), (32, 128, 8, 1), (64, 128, 8, 1)),
-    ),
+    ("SHRINK", 4): options("BLOCK_K", (16, 128, 2, 4, 256), (8, 128, 2, 4, 256), (32, 128, 2, 4, 256)),
+    ("SHRINK", 64): options("BLOCK_K", (32, 64, 4, 4, 2048), (64, 64, 4, 4, 1024), (64, 128, 4, 3, 2048)),
+    ("EXPAND", 4): [lora_triton.EXPAND[4] | {"BLOCK_N": 1024, "FEW_R": 8}],
+    ("EXPAND", 64): [lora_triton.EXPAND[64] | {"BLOCK_N": 512, "num_warps": 2}],
 }
 
 
@@ -274,7 +258,7 @@ def tuning_rows() -> Iterator[dict[str, Any]]:
         for choice in (present, *candidates):
             table[block_m] = choice
             row: dict[str, Any] = {"kernel": kernel, "block_m": block_m, **choice}
-            for num, rank in ((64, 8), (16, 64)) if block_m > 1 else ((64, 8), (256, 8)):
+            for num, rank in ((64, 8), (16, 64)) if block_m == 64 else ((64, 8), (256, 8)):
                 shapes = [Shape(site, num_rows, (rank,) * num, block_m) for site in SITES]
                 row[f"us_{num}x{rank}"] = sum(kernel_us(kernel, shape) for shape in shapes)
             yield row
