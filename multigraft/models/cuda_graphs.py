@@ -55,7 +55,7 @@ class DecodeGraphs:
         self._capture_all()
 
     def covers(self, batch: Batch) -> bool:
-        """Decode rows alone, not more than were captured, no adapter acting outside the decoder layers.
+        """Decode rows alone, not more than were captured, and adapted on the decoder's linears alone if at all.
 
         A prompt's last position, alone in its step, is such a row too.
         """
@@ -63,7 +63,8 @@ class DecodeGraphs:
         scored = first.request.sampling.prompt_logprobs is not None
         alone = len(batch.spans) == first.length == 1 and first.samples and not scored
         decodes = first.phase is Phase.DECODE  # phases are in order, and DECODE is the last
-        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and self.grafts.in_body_only
+        adapted = any(span.slot is not None for span in batch.spans)
+        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and (not adapted or self.grafts.in_body_only)
 
     def run(self, batch: Batch, late: LateTokens | None = None) -> torch.Tensor:
         """(spans, vocab) logits, valid until the next run; to be called in inference mode."""
