@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import statistics
@@ -233,6 +234,8 @@ def main() -> None:
                 if methods:
                     run = run_engine(args, methods, rank, slots, folder, config.vocab_size, settings)
                     rows += asyncio.run(run)
+                    gc.collect()  # an engine is full of cycles, and the next one wants its device memory
+                    torch.cuda.empty_cache()
     share_of_base(rows)
     show(rows)
     plot(rows, args.adapters, args.plot)
