@@ -30,8 +30,8 @@ class ModelConfig:
     seed: int = 0
     """Seed of requests that bring none."""
     compile: bool = False
-    """Compile the decoder layers with torch.compile: a slower start, faster steps. On CUDA with FlashInfer they are
-    compiled in any case, unless enforce_eager."""
+    """Compile the decoder layers with torch.compile: a slower start, and no faster on the CPU when last measured. On
+    CUDA with FlashInfer they are compiled in any case, unless enforce_eager."""
     enforce_eager: bool = False
     """On CUDA: neither compile the decoder layers nor capture CUDA graphs of decode steps."""
     attention_backend: Literal["auto", "flashinfer", "sdpa"] = "auto"
