@@ -37,7 +37,8 @@ class Objective(Protocol):
         """The loss, a float32 scalar, and its gradient with respect to each of `logps`. Never waits for the device.
 
         logps: for each sample (n,) float32, the log-probabilities of its tokens of weight other than 0, in order.
-        Without `two_pass` it may be called with the parts of a microbatch one by one; losses then add up.
+        Without `two_pass` the loss is linear in them: the caller takes the gradient from any values, zeros say, and
+        sums gradient * logps up itself.
         """
         ...
 
