@@ -34,8 +34,7 @@ class Supervised:
         if all(w == weights[0] for w in weights):
             grad = torch.full_like(flat, -weights[0] / self.total)
         else:
-            grad = torch.tensor(weights, dtype=flat.dtype, pin_memory=flat.is_cuda).to(flat.device, non_blocking=True)
-            grad = grad / -self.total
+            grad = to_device(weights, flat.dtype, flat.device) / -self.total
         return (grad * flat).sum(), list(grad.split([len(logp) for logp in logps]))
 
 
@@ -69,3 +68,8 @@ class Dpo:
 def sequence_sums(logps: Sequence[torch.Tensor]) -> torch.Tensor:
     """(samples,) the log-probability of each sequence of trained tokens."""
     return torch.stack([logp.sum() for logp in logps])
+
+
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Without waiting for the work that is queued there, which torch.tensor(…, device) does."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -45,8 +45,8 @@ class Optimizer:
     def step(self, step: int, grad: torch.Tensor, norm: float) -> None:
         """grad: (numel,), scaled down in place when its norm is over max_grad_norm. No host sync."""
         limit = self._hyperparameters.max_grad_norm
-        if limit and norm > limit:
-            grad.mul_(limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        if limit:
+            grad.mul_(min(1.0, limit / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
         self._parameters.grad = grad
         self._adamw.param_groups[0]["lr"] = self.learning_rate(step)
         self._adamw.step()
