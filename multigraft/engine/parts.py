@@ -97,7 +97,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     graft.graft(model, sites, grafts)
     kv = _allocate_kv(config, loaded)
     backend = backends.choose(config.model.attention_backend, kv)
-    attention.attach(model, backend)
+    attention.attach(model, backend, grafts.train)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
     if config.model.compile or on_graphs:
         _compile_layers(model)
