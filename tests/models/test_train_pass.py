@@ -258,7 +258,7 @@ def test_served_rows_and_training_rows_in_one_forward(
     finished = []
     execute = runner.execute
 
-    def with_training(step, late=None):
+    def with_training(step, late=None, _=None):
         if not finished or finished[-1].forward_done == finished[-1].num_layers:
             riding.block_grad.zero_()
             finished.append(TrainPass(world.model, [microbatch(riding, batch)], keep=keep))
