@@ -40,7 +40,7 @@ def make_job(world: World, kind: str, method: str) -> TrainingJob:
         kind=kind,
         validation=random_dataset(3, seed=1, per_example=per_example),
         adapter={"method": method, "r": 3},
-        max_tokens=60,
+        max_tokens=60 * per_example,
         n_epochs=2,
         batch_size=3,
         learning_rate=1e-2,
