@@ -34,7 +34,12 @@ class World:
     def __init__(self, folder: Path):
         self.checkpoint = build_checkpoint(folder / "base", "llama")
         self.engine = Engine(
-            str(self.checkpoint), dtype="float32", kv_cache_gib=0.01, adapter_memory_gib=0.02, max_num_batched_tokens=64, max_num_seqs=8
+            str(self.checkpoint),
+            dtype="float32",
+            kv_cache_gib=0.01,
+            adapter_memory_gib=0.02,
+            max_num_batched_tokens=64,
+            max_num_seqs=8,
         )
         self.core = self.engine._engine._core
         self.parts = self.core.parts
