@@ -55,6 +55,7 @@ def _lora_config(spec: AdapterSpec, sites: Sequence[Site]) -> dict[str, Any]:
         "lora_dropout": spec.dropout,
         "use_rslora": spec.method == "rslora",
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+        "alora_invocation_tokens": list(spec.alora_invocation_tokens) if spec.alora_invocation_tokens else None,
         "layers_to_transform": None if spec.layers is None else list(spec.layers),
         "bias": "none",
         "init_lora_weights": True,
@@ -124,7 +125,7 @@ def _initialise_reft(tensors: Tensors, generator: torch.Generator, *, subtracts:
 
 def _lora(learning_rate: float) -> TrainedMethod:
     return TrainedMethod(
-        fields=frozenset({"alpha", "dropout", "target_modules"}),
+        fields=frozenset({"alpha", "dropout", "target_modules", "alora_invocation_tokens"}),
         config=_lora_config,
         initialise=_initialise_lora,
         learning_rate=learning_rate,
