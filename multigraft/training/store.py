@@ -193,16 +193,17 @@ class TrainingStore:
             raise NotFound(f"The content of file {file_id!r} has been removed from the disk.")
         return path
 
-    def add_file(self, content: Path, filename: str, purpose: str) -> FileRow:
-        """Takes over a file on the same disk, already synced."""
+    def place(self, upload: Upload, filename: str, purpose: str) -> FileRow:
+        """Move an upload to where files are. It is one once the row is stored."""
+        upload.close()
         row = FileRow(
-            id=new_id("file"),
-            created=int(time.time()),
-            filename=filename,
-            purpose=purpose,
-            num_bytes=content.stat().st_size,
+            id=new_id("file"), created=int(time.time()), filename=filename, purpose=purpose, num_bytes=upload.size
         )
-        move(content, self.folder / "files" / row.id)
+        move(upload.path, self.folder / "files" / row.id)
+        return row
+
+    def add_file(self, upload: Upload, filename: str, purpose: str) -> FileRow:
+        row = self.place(upload, filename, purpose)
         with self._transaction() as db:
             self._insert(db, row)
         return row
@@ -215,9 +216,10 @@ class TrainingStore:
 
     # Jobs ------------------------------------------------------------------------------------------------------
 
-    def add_job(self, row: JobRow) -> None:
+    def add_job(self, row: JobRow, events: Iterable[EventRow]) -> None:
         with self._transaction() as db:
-            self._insert(db, row)
+            for new in (row, *events):
+                self._insert(db, new)
 
     def job(self, job_id: str) -> JobRow:
         return _only(self._select(JobRow, "WHERE id = ?", [job_id]), f"There is no fine-tuning job {job_id!r}.")
@@ -227,19 +229,30 @@ class TrainingStore:
         final = [s.value for s in JobStatus if s.final]
         return self._select(JobRow, f"WHERE status NOT IN ({', '.join('?' * len(final))}) ORDER BY seq", final)
 
-    def update_job(self, job_id: str, events: Iterable[EventRow] = (), **columns: Any) -> None:
-        """Change columns and add events, both or neither."""
+    def succeeded_jobs(self) -> list[JobRow]:
+        return self._select(JobRow, "WHERE status = ? ORDER BY seq", [JobStatus.SUCCEEDED.value])
+
+    def count_jobs(self) -> dict[JobStatus, int]:
+        with self._lock:
+            rows = self._db.execute("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall()
+        return {JobStatus(status): count for status, count in rows}
+
+    def update_job(self, job_id: str, rows: Iterable[EventRow | FileRow] = (), **columns: Any) -> None:
+        """Change columns and add rows, all or none."""
         with self._transaction() as db:
-            for event in events:
-                self._insert(db, event)
+            for row in rows:
+                self._insert(db, row)
             if columns:
                 assignments = ", ".join(f"{name} = ?" for name in columns)
                 db.execute(f"UPDATE jobs SET {assignments} WHERE id = ?", [*columns.values(), job_id])
 
     def metrics(self, job_id: str) -> list[dict[str, Any]]:
-        """The metrics of each step, in the order of steps; of a step that was done again, the last."""
+        """All metrics of each step, in the order of steps; of a step that was done again, the last."""
         rows = self._select(EventRow, "WHERE job_id = ? AND data IS NOT NULL ORDER BY seq", [job_id])
-        by_step = {data["step"]: data for data in (json.loads(row.data or "") for row in rows)}
+        by_step: dict[int, dict[str, Any]] = {}
+        for row in rows:
+            data = json.loads(row.data or "")
+            by_step.setdefault(data["step"], {}).update(data)
         return [by_step[step] for step in sorted(by_step)]
 
     def job_folder(self, job_id: str) -> Path:
@@ -338,15 +351,15 @@ class Upload:
         with _full_disk():
             self._file.write(data)
 
-    def finish(self, filename: str, purpose: str) -> FileRow:
+    def close(self) -> None:
+        """Everything written is on the disk, or StorageFull."""
         with _full_disk():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            return self.store.add_file(self.path, filename, purpose)
 
     def discard(self) -> None:
-        """Harmless after finish()."""
+        """Harmless once it is a file."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
