@@ -44,8 +44,8 @@ class TrainingEngine(Protocol):
     def start(self, job: TrainingJob, weight: float, on_event: Callable[[Event], None]) -> Future[None]:
         """Run it beside the others, weight being its share; on_event is called on the engine's thread.
 
-        What on_event raises fails the job. The future is done once the engine has let go of the job, after its last event; with the exception, JobFailed
-        say, that made it fail.
+        What on_event raises fails the job. The future is done once the engine has let go of the job, after its last
+        event; with the exception, JobFailed say, that made it fail.
         """
         ...
 

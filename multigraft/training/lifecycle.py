@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class _Out:
 
 
 class JobRun:
-    """A job that has not ended. `row` is its state, in advance of the stored one by no more than a write."""
+    """A job that has not ended. `row` is what is stored of it."""
 
     def __init__(self, row: JobRow, shared: Shared, on_end: Callable[[JobRun], None]):
         """on_end: called once it has succeeded, failed or been cancelled, and that is stored."""
@@ -128,9 +128,6 @@ class JobRun:
         """The process ends."""
         with contextlib.suppress(InvalidRequest):
             await self.halt(None)
-        if self._task is not None and not self._task.done():  # waiting for room on the disk
-            self._task.cancel()
-            await asyncio.wait([self._task])
 
     async def resume(self) -> None:
         async with self._commands:
@@ -334,8 +331,8 @@ class JobRun:
                     error=records.dump(found),
                 )
                 break
-            except StorageFull:  # it has failed in any case; say so on the disk once there is room
-                log.error("job %s: its failure cannot be stored, the disk is full", self.id)
+            except StorageFull:
+                log.error("job %s has failed, which cannot be stored: the disk is full", self.id)
                 await asyncio.sleep(RETRY_SECONDS)
 
     # Helpers ---------------------------------------------------------------------------------------------------
@@ -361,14 +358,18 @@ class JobRun:
         )
 
     async def _update(self, *rows: EventRow | FileRow, **columns: Any) -> None:
-        self.row = replace(self.row, **columns)
-        write = asyncio.ensure_future(asyncio.to_thread(self._store.update_job, self.id, rows, **columns))
+        """Columns of its row and new rows: stored, all or none, then seen."""
+        write = asyncio.ensure_future(self._write(rows, columns))
         try:
             await asyncio.shield(write)
         except asyncio.CancelledError:
             await write  # who cancels this job writes next: not before this
             raise
-        if "finished" in columns:
+
+    async def _write(self, rows: Sequence[EventRow | FileRow], columns: dict[str, Any]) -> None:
+        await asyncio.to_thread(self._store.update_job, self.id, rows, **columns)
+        self.row = replace(self.row, **columns)
+        if self.status.final:
             await asyncio.to_thread(self._store.drop_state, self.id)
             self._on_end(self)
 
