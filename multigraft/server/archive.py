@@ -12,7 +12,7 @@ PIECE = 2**20
 
 
 def tar_reply(folder: Path, name: str) -> StreamingResponse:
-    """The files of `folder`, which has no folders inside, below a folder `name`; uncompressed: weights do not shrink."""
+    """The files of `folder`, which holds no folders, below a folder `name`; uncompressed, as weights do not shrink."""
     files = [(path, path.stat().st_size) for path in sorted(folder.iterdir())]
     padded = sum(tarfile.BLOCKSIZE + _padded(size) for _, size in files)
     headers = {

@@ -61,6 +61,7 @@ async def until(openai, job, *statuses):
 
 
 SMALL = {"n_epochs": 2, "batch_size": 4}
+SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": SMALL}}
 
 
 async def create(openai, file, **fields):
@@ -282,10 +283,7 @@ async def test_over_long_samples_are_reported(openai):
         ({"hyperparameters": {"n_epochs": 0}}, 400, "n_epochs", "0"),
         ({"hyperparameters": {"n_epoch": 1}}, 400, "n_epoch", "no such setting"),
         ({"hyperparameters": {"beta": 0.1}}, 400, "beta", "only dpo"),
-        (
-            {"hyperparameters": {"n_epochs": 1}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}},
-            400, "hyperparameters", "once",
-        ),
+        ({"hyperparameters": {"n_epochs": 1}, "method": SUPERVISED}, 400, "hyperparameters", "once"),
         ({"adapter": {"initialisation": "pissa"}}, 400, "initialisation", "changes the base weights"),
         ({"adapter": {"r": 64}}, 400, "r", "needs 5 GiB, 4 GiB are there"),
         ({"adapter": "lora"}, 400, "adapter", "dictionary"),

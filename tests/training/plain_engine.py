@@ -1,4 +1,4 @@
-"""A TrainingEngine that only trains: real jobs on a tiny model, one microbatch of each after the other, on one thread."""
+"""A TrainingEngine that only trains: real jobs on a tiny model, on one thread, a microbatch of each in turn."""
 
 from __future__ import annotations
 
