@@ -59,6 +59,17 @@ class AdapterMove:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class TrainPart:
+    """The training work of one step: so many rows through so many decoder layers."""
+
+    rows: int
+    forward: int
+    """Layers run forward."""
+    backward: int
+    """Layers run backward."""
+
+
 @dataclass(slots=True)
 class Batch:
     """What scheduling decided for one step. Decode spans have length 1."""
@@ -67,6 +78,7 @@ class Batch:
     loads: list[AdapterMove] = field(default_factory=list)
     """Loads to start now; they complete later and never delay this batch."""
     preempted: list[Request] = field(default_factory=list)
+    train: TrainPart | None = None
     step: int = 0
 
     @property

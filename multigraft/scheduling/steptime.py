@@ -1,0 +1,241 @@
+"""How long a step takes, from what is in it. Bounds training under latency targets, drives the twin and the planner.
+
+No clock and no tensors: whoever measures gives the seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import mul
+from typing import Any
+
+from multigraft.core.batch import Batch, Phase
+from multigraft.core.errors import InvalidRequest
+
+REFINE_RATE = 0.02
+"""Share of a step's surprise that goes into the correction: about 50 steps to follow a change."""
+ROW_KNOTS = (0, 16, 64, 256, 1024)
+"""The cost of a row may differ between these row counts: few rows wait for weights, many for arithmetic."""
+
+
+@dataclass(slots=True)
+class StepShape:
+    """What determines a step's duration. Sizes of adapters are in bytes, which are rank times what a rank weighs."""
+
+    prefill_spans: int = 0
+    prefill_rows: int = 0
+    prefill_attention: int = 0
+    """Sum over prefill spans of new positions times the context each one sees."""
+    prefill_context: int = 0
+    """Positions before the spans, whose KV is read."""
+    prefill_adapters: int = 0
+    prefill_adapter_bytes: int = 0
+    prefill_adapter_work: int = 0
+    """Sum over adapted rows of their adapter's bytes."""
+    decode_rows: int = 0
+    decode_context: int = 0
+    """KV positions that decode rows read."""
+    decode_adapted: int = 0
+    """Decode rows with an adapter."""
+    decode_adapters: int = 0
+    decode_adapter_bytes: int = 0
+    samples: int = 0
+    """Rows that go through the output head."""
+    train_rows: int = 0
+    train_forward: int = 0
+    """Train rows times layers run forward."""
+    train_backward: int = 0
+    train_layers: int = 0
+    """Layers run with train rows, in either direction."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> StepShape:
+        """To be taken between schedule() and commit(), which moves what the spans refer to."""
+        shape = cls()
+        decode_context = decode_rows = decode_adapted = 0
+        slot: int | None = None  # of the span before: spans lie by phase, then by slot
+        in_decode = False
+        for span in batch.spans:
+            if span.phase is Phase.DECODE:
+                if not in_decode:
+                    in_decode, slot = True, None
+                decode_rows += 1
+                decode_context += span.start + 1
+                if span.slot is not None:
+                    decode_adapted += 1
+                    if span.slot != slot:
+                        slot = span.slot
+                        assert span.request.adapter is not None
+                        shape.decode_adapters += 1
+                        shape.decode_adapter_bytes += span.request.adapter.nbytes
+                continue
+            n, start = span.length, span.start
+            shape.prefill_spans += 1
+            shape.prefill_rows += n
+            shape.prefill_attention += n * start + n * (n + 1) // 2
+            shape.prefill_context += start
+            shape.samples += span.samples
+            if span.slot is not None:
+                assert span.request.adapter is not None
+                nbytes = span.request.adapter.nbytes
+                shape.prefill_adapter_work += nbytes * sum(hi - lo for lo, hi in span.segments())
+                if span.slot != slot:
+                    slot = span.slot
+                    shape.prefill_adapters += 1
+                    shape.prefill_adapter_bytes += nbytes
+        shape.decode_rows, shape.decode_context, shape.decode_adapted = decode_rows, decode_context, decode_adapted
+        shape.samples += decode_rows
+        if batch.train is not None:
+            shape.train_rows = batch.train.rows
+            shape.train_forward = batch.train.rows * batch.train.forward
+            shape.train_backward = batch.train.rows * batch.train.backward
+            shape.train_layers = batch.train.forward + batch.train.backward
+        return shape
+
+    def features(self) -> tuple[float, ...]:
+        """In the order of FEATURES. Linear in decode_context, which is all that changes while the same rows decode."""
+        s = self
+        rows = s.prefill_rows + s.decode_rows
+        return (
+            1.0 if rows else 0.0,
+            1.0 if s.prefill_rows else 0.0,
+            1.0 if s.decode_adapted or s.prefill_adapters else 0.0,
+            *(max(0, min(rows, end) - start) for start, end in _ROW_RANGES),
+            s.prefill_spans,
+            s.prefill_attention,
+            s.prefill_context,
+            s.prefill_adapters,
+            s.prefill_adapter_bytes,
+            s.prefill_adapter_work,
+            s.decode_rows,
+            s.decode_context,
+            s.decode_adapted,
+            s.decode_adapters,
+            s.decode_adapter_bytes,
+            s.decode_adapted * s.decode_adapter_bytes,
+            s.samples,
+            s.train_forward,
+            s.train_backward,
+            s.train_layers,
+        )
+
+
+_ROW_RANGES = tuple(zip(ROW_KNOTS, (*ROW_KNOTS[1:], math.inf), strict=True))
+FEATURES = (
+    "step",
+    "has_prefill",
+    "has_adapters",
+    *(f"rows_from_{knot}" for knot in ROW_KNOTS),
+    "prefill_spans",
+    "prefill_attention",
+    "prefill_context",
+    "prefill_adapters",
+    "prefill_adapter_bytes",
+    "prefill_adapter_work",
+    "decode_rows",
+    "decode_context",
+    "decode_adapted",
+    "decode_adapters",
+    "decode_adapter_bytes",
+    "decode_adapted_times_bytes",
+    "samples",
+    "train_forward",
+    "train_backward",
+    "train_layers",
+)
+"""Terms of the model. On the CPU every adapted decode row is multiplied with all adapters of the step, hence the
+product; on CUDA its weight comes out near zero."""
+
+
+@dataclass(slots=True)
+class StepTimeModel:
+    """seconds = correction * sum(weights * features), no weight negative."""
+
+    weights: tuple[float, ...]
+    """Seconds for each unit, in the order of FEATURES."""
+    correction: float = 1.0
+    """Follows the machine as it runs; see refine."""
+
+    def __post_init__(self) -> None:
+        assert len(self.weights) == len(FEATURES) and min(self.weights) >= 0
+
+    def predict(self, shape: StepShape) -> float:
+        """Seconds of the step."""
+        return self.correction * float(sum(map(mul, self.weights, shape.features())))
+
+    def refine(self, shape: StepShape, seconds: float) -> None:
+        """Move the correction a little towards what a step really took; one outlier moves it by 1.4 % at most."""
+        predicted = self.predict(shape)
+        if predicted > 0 and seconds > 0:
+            self.correction *= min(2.0, max(0.5, seconds / predicted)) ** REFINE_RATE
+
+    @classmethod
+    def fit(cls, shapes: Sequence[StepShape], seconds: Sequence[float]) -> StepTimeModel:
+        """Least squares of the relative error under non-negative weights. Terms that never occur get weight 0."""
+        import numpy as np
+
+        times = np.asarray(seconds, dtype=float)
+        assert len(shapes) == len(times) > 0 and (times > 0).all()
+        a = np.array([shape.features() for shape in shapes], dtype=float) / times[:, None]
+        scale = np.linalg.norm(a, axis=0)
+        scale[scale == 0] = 1.0
+        solution = nonnegative_least_squares(a / scale, np.ones(len(times))) / scale
+        return cls(tuple(float(w) for w in solution))
+
+    def errors(self, shapes: Sequence[StepShape], seconds: Sequence[float]) -> list[float]:
+        """Relative errors, signed: positive where the model predicts too much."""
+        return [self.predict(shape) / t - 1 for shape, t in zip(shapes, seconds, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Weights by name: a profile stays readable, and valid when terms are added."""
+        return {"weights": dict(zip(FEATURES, self.weights, strict=True)), "correction": self.correction}
+
+    @classmethod
+    def from_json(cls, data: object) -> StepTimeModel:
+        """InvalidRequest when it is not what to_json gives."""
+        weights = data.get("weights") if isinstance(data, dict) else None
+        if not isinstance(weights, dict) or not isinstance(data, dict):
+            raise InvalidRequest(f"A step-time model needs an object 'weights', got {json.dumps(data)!r:.100}.")
+        if unknown := weights.keys() - set(FEATURES):
+            raise InvalidRequest(f"The step-time model has unknown terms {sorted(unknown)}; calibrate again.")
+        values = [weights.get(name, 0.0) for name in FEATURES]
+        values.append(data.get("correction", 1.0))
+        for name, value in zip((*FEATURES, "correction"), values, strict=True):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise InvalidRequest(f"{name} in the step-time model is {value!r}; it must be a number, 0 or more.")
+        return cls(tuple(map(float, values[:-1])), float(values[-1]))
+
+
+def nonnegative_least_squares(a: Any, b: Any) -> Any:
+    """x >= 0 that minimises |a x - b|, by the active-set method of Lawson and Hanson (1974, algorithm NNLS).
+
+    a: (n, k) numpy array, columns of comparable length; b: (n,).
+    """
+    import numpy as np
+
+    k = a.shape[1]
+    x, used = np.zeros(k), np.zeros(k, dtype=bool)
+    tolerance = 1e-10 * max(1.0, float(np.abs(a.T @ b).max()))
+    for _ in range(3 * k):
+        gradient = np.where(used, -np.inf, a.T @ (b - a @ x))
+        if used.all() or gradient.max() <= tolerance:
+            break
+        used[gradient.argmax()] = True
+        while used.any():
+            target = np.zeros(k)
+            target[used] = np.linalg.lstsq(a[:, used], b, rcond=None)[0]
+            blocked = used & (target <= 0)
+            if not blocked.any():
+                x = target
+                break
+            step = (x[blocked] / (x[blocked] - target[blocked])).min()  # as far as all stay non-negative
+            x = x + step * (target - x)
+            used &= x > 1e-15
+            x[~used] = 0.0
+    return x
+
+
+assert len(StepShape().features()) == len(FEATURES)

@@ -1,0 +1,127 @@
+"""The step-time model: features counted by hand, the fit against scipy, predictions on steps it has not seen."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from multigraft.core.batch import Batch, Phase, Span, TrainPart
+from multigraft.core.errors import InvalidRequest
+from multigraft.core.request import AdapterRef, Request, SamplingParams, Scope
+from multigraft.scheduling.steptime import FEATURES, StepShape, StepTimeModel, nonnegative_least_squares
+
+
+def span(phase: Phase, start: int, length: int, tokens: int, ref: AdapterRef | None = None) -> Span:
+    request = Request("r", range(tokens), SamplingParams(), max_len=tokens + 100, adapter=ref)
+    return Span(request, start, length, phase, ref.uid if ref else None)
+
+
+def test_shape_of_a_batch_counted_by_hand() -> None:
+    small, big = AdapterRef("small", 1, 100), AdapterRef("big", 2, 1000)
+    prefill_only = AdapterRef("scoped", 3, 10, Scope.PREFILL)
+    spans = [
+        span(Phase.PREFILL, 0, 4, 4, small),
+        span(Phase.PREFILL, 8, 2, 20, prefill_only),
+        span(Phase.PREFILL, 0, 3, 3),
+        span(Phase.DECODE, 9, 1, 10, small),
+        span(Phase.DECODE, 19, 1, 20, small),
+        span(Phase.DECODE, 4, 1, 5, big),
+        span(Phase.DECODE, 6, 1, 7),
+    ]
+    shape = StepShape.of(Batch(spans=spans, train=TrainPart(rows=50, forward=3, backward=2)))
+    assert shape == StepShape(
+        prefill_spans=3,
+        prefill_rows=9,
+        prefill_attention=(1 + 2 + 3 + 4) + (9 + 10) + (1 + 2 + 3),
+        prefill_context=8,
+        prefill_adapters=2,
+        prefill_adapter_bytes=110,
+        prefill_adapter_work=4 * 100 + 2 * 10,
+        decode_rows=4,
+        decode_context=10 + 20 + 5 + 7,
+        decode_adapted=3,
+        decode_adapters=2,
+        decode_adapter_bytes=1100,
+        samples=2 + 4,
+        train_rows=50,
+        train_forward=150,
+        train_backward=100,
+        train_layers=5,
+    )
+    features = dict(zip(FEATURES, shape.features(), strict=True))
+    assert features["rows_from_0"] == 13 and features["rows_from_16"] == 0
+    assert features["decode_adapted_times_bytes"] == 3300
+
+
+def test_an_adapter_in_both_phases_counts_in_both() -> None:
+    ref = AdapterRef("a", 1, 100)
+    shape = StepShape.of(Batch(spans=[span(Phase.PREFILL, 0, 2, 9, ref), span(Phase.DECODE, 4, 1, 5, ref)]))
+    assert (shape.prefill_adapters, shape.decode_adapters) == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fit_equals_scipys(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(30, 8)) + 0.5
+    b = a @ rng.normal(size=8) + rng.normal(size=30)
+    want, _ = nnls(a, b)
+    assert np.allclose(nonnegative_least_squares(a, b), want, atol=1e-8)
+
+
+def random_shape(rng: random.Random) -> StepShape:
+    prefill, decode = rng.choice([0, rng.randrange(1, 2000)]), rng.randrange(1, 256)
+    adapters = rng.randrange(0, decode + 1)
+    return StepShape(
+        prefill_spans=bool(prefill),
+        prefill_rows=prefill,
+        prefill_attention=prefill * prefill // 2,
+        decode_rows=decode,
+        decode_context=decode * rng.randrange(1, 500),
+        decode_adapted=adapters,
+        decode_adapters=adapters,
+        decode_adapter_bytes=adapters * 1000,
+        samples=decode + bool(prefill),
+    )
+
+
+def test_fit_recovers_times_of_unseen_steps_and_survives_json() -> None:
+    rng = random.Random(0)
+    true = StepTimeModel(tuple(rng.random() * 1e-6 if rng.random() < 0.6 else 0.0 for _ in FEATURES))
+    shapes = [random_shape(rng) for _ in range(300)]
+    seconds = [true.predict(s) * rng.uniform(0.99, 1.01) + 1e-9 for s in shapes]
+    model = StepTimeModel.fit(shapes[:200], seconds[:200])
+    assert min(model.weights) >= 0
+    assert max(map(abs, model.errors(shapes[200:], seconds[200:]))) < 0.03
+    again = StepTimeModel.from_json(json.loads(json.dumps(model.to_json())))
+    assert again == model
+
+
+def test_refine_follows_a_slower_machine_but_not_one_outlier() -> None:
+    model = StepTimeModel((1.0,) * len(FEATURES))
+    shape = StepShape(decode_rows=1, samples=1)
+    was = model.predict(shape)
+    model.refine(shape, was * 1000)
+    assert was < model.predict(shape) < was * 1.02
+    for _ in range(500):
+        model.refine(shape, was * 1.3)
+    assert model.predict(shape) == pytest.approx(was * 1.3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([], "needs an object 'weights'"),
+        ({"weights": {"step": -1.0}}, "step in the step-time model is -1.0"),
+        ({"weights": {"step": float("nan")}}, "must be a number"),
+        ({"weights": {"warp": 1.0}}, "unknown terms ['warp']"),
+        ({"weights": {}, "correction": "x"}, "correction"),
+    ],
+)
+def test_bad_json_is_refused(data: object, says: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        StepTimeModel.from_json(data)
+    assert says in str(caught.value)
