@@ -187,6 +187,7 @@ class EngineCore:
             self.error = error
             log.exception("The engine has died")
         finally:
+            self.trainer.stop_all()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=ShuttingDown("The engine has stopped."))
             self._flush()

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
@@ -16,10 +15,8 @@ from multigraft.core.errors import MultigraftError
 from multigraft.engine.train_memory import TrainMemory
 from multigraft.models.train_pass import TrainModel, TrainPass
 from multigraft.scheduling.training import TrainWork
-from multigraft.training.microbatch import Microbatch
-
-if TYPE_CHECKING:
-    from multigraft.training.job import Event, TrainingJob
+from multigraft.training.job import Event, Stage, TrainingJob
+from multigraft.training.microbatch import Microbatch, PassResult
 
 log = logging.getLogger(__name__)
 
@@ -30,31 +27,31 @@ class _Entry:
 
     job: TrainingJob
     weight: float
-    sink: Callable[[Event], None]
+    on_event: Callable[[Event], None]
+    left: Future[None]
+    """Done when the job is no longer here."""
     service: float
-    """Tokens trained over weight: the job with the least goes first."""
+    """Rows run, over weight: the job with the least goes first."""
     taken: Microbatch | None = None
     """Handed out by the job, not in a pass yet."""
-    stopping: list[Future[None]] = field(default_factory=list)
+    stopping: bool = False
 
 
 class Trainer:
     """Belongs to the engine's thread.
 
-    A pass takes one microbatch of each job while they fit, the least served first; so small jobs fill up the rows that
-    one alone would leave, and none waits for another's optimizer. A job that fails leaves alone: passes that raise are
-    run again job by job.
+    A pass takes microbatches of the jobs while they fit, always the least served job's next; so small jobs fill up the
+    rows that one alone would leave, and none waits for another's optimizer. A job that fails leaves alone: passes that
+    raise are run again job by job.
     """
 
     def __init__(self, model: TrainModel, memory: TrainMemory):
         self.model = model
         self.memory = memory
-        self.tokens_trained = 0
         self._entries: dict[str, _Entry] = {}
         self._pass: TrainPass | None = None
         self._suspects: list[str] = []
         """Jobs of a pass that raised: each goes alone once."""
-        self._num_passes = 0
 
     # Jobs ------------------------------------------------------------------------------------------------------
 
@@ -62,30 +59,36 @@ class Trainer:
     def num_jobs(self) -> int:
         return len(self._entries)
 
-    def start(self, job: TrainingJob, sink: Callable[[Event], None], weight: float = 1.0) -> None:
-        """Run a job beside the others until it ends. sink: gets its events, on the engine's thread."""
+    def start(self, job: TrainingJob, weight: float, on_event: Callable[[Event], None], left: Future[None]) -> None:
+        """Run a job beside the others. on_event: gets its events, on the engine's thread; what it raises fails the job.
+
+        left: done when the job has ended or was stopped; with the exception that made it fail, if one did.
+        """
         assert job.id not in self._entries and weight > 0
         service = min((e.service for e in self._entries.values()), default=0.0)
-        self._entries[job.id] = _Entry(job, weight, sink, service)
+        self._entries[job.id] = _Entry(job, weight, on_event, left, service)
 
-    def stop(self, job_id: str, stopped: Future[None]) -> None:
-        """Take a job out when the pass in hand has ended, at a state from which it can go on; then set the future."""
+    def stop(self, job_id: str) -> None:
+        """Let a job go as soon as no pass has rows of it. Does nothing when it is not here."""
         entry = self._entries.get(job_id)
-        if entry is None:
-            stopped.set_result(None)
-            return
-        entry.stopping.append(stopped)
-        self._leave(entry)
+        if entry is not None:
+            entry.stopping = True
+            if self._pass is None or all(m.job_id != job_id for m in self._pass.microbatches):
+                self._let_go(entry)
 
-    def _leave(self, entry: _Entry) -> None:
-        """Let a job that is to stop go, unless the pass in hand has rows of it."""
-        if self._pass is not None and any(m.job_id == entry.job.id for m in self._pass.microbatches):
-            return
-        if entry.taken is not None:
-            entry.job.rewind()
+    def stop_all(self) -> None:
+        """The engine ends."""
+        self._pass = None
+        for entry in list(self._entries.values()):
+            self._let_go(entry)
+
+    def _let_go(self, entry: _Entry, error: Exception | None = None) -> None:
         del self._entries[entry.job.id]
-        for future in entry.stopping:
-            future.set_result(None)
+        if error is not None:
+            entry.left.set_exception(error)
+            return
+        entry.job.rewind()
+        entry.left.set_result(None)
 
     # Steps -----------------------------------------------------------------------------------------------------
 
@@ -118,74 +121,75 @@ class Trainer:
             return
         if p.finished:
             self._pass = None
-            self.tokens_trained += p.num_tokens if p.grad else 0
             for microbatch, result in zip(p.microbatches, p.results, strict=True):
-                entry = self._entries[microbatch.job_id]
-                entry.service += microbatch.num_tokens / entry.weight
-                self._guarded(entry, lambda e=entry, m=microbatch, r=result: e.job.done(m, r))
+                entry = self._entries.get(microbatch.job_id)
+                if entry is not None:  # else it failed with an earlier microbatch
+                    self._done(entry, microbatch, result)
 
     def abandon(self, error: Exception) -> None:
         """The pass in hand cannot go on. Its jobs go back to their last optimizer step; a job alone in it fails."""
         p, self._pass = self._pass, None
         if p is None:
             return
-        jobs = {m.job_id for m in p.microbatches}
+        entries = [e for e in self._entries.values() if any(m.job_id == e.job.id for m in p.microbatches)]
         log.warning("A training pass failed: %s", error, exc_info=not isinstance(error, MultigraftError))
         if isinstance(error, torch.OutOfMemoryError) and p.keep:
-            del p
             self.memory.shrink()
-            for job_id in jobs:
-                self._entries[job_id].job.rewind()
+        elif len(entries) == 1:
+            self._let_go(entries[0], error)
             return
-        if len(jobs) == 1:
-            self._fail(self._entries[jobs.pop()], error)
-            return
-        for job_id in jobs:
-            self._entries[job_id].job.rewind()
-            self._suspects.append(job_id)
+        else:
+            self._suspects += [e.job.id for e in entries]
+        for entry in entries:
+            entry.taken = None
+            entry.job.rewind()
 
     def _compose(self) -> TrainPass | None:
         chosen: list[Microbatch] = []
         rows = 0
         alone = self._suspects.pop() if self._suspects else None
-        for entry in sorted(self._entries.values(), key=lambda e: e.service):
-            if alone not in (None, entry.job.id):
+        waiting = [e for e in self._entries.values() if alone in (None, e.job.id)]
+        served = {e.job.id: e.service for e in waiting}
+        while waiting:
+            entry = min(waiting, key=lambda e: served[e.job.id])
+            m = self._next(entry)
+            fits = m is not None and (
+                not chosen or (m.grad == chosen[0].grad and rows + m.num_tokens <= self.memory.max_rows)
+            )
+            if m is None or not fits:
+                waiting.remove(entry)
                 continue
-            if entry.taken is None:
-                self._guarded(entry, lambda e=entry: self._take(e))
-            m = entry.taken
-            if m is None or (chosen and (m.grad != chosen[0].grad or rows + m.num_tokens > self.memory.max_rows)):
-                continue
+            entry.taken = None
             chosen.append(m)
             rows += m.num_tokens
-            entry.taken = None
+            served[entry.job.id] += m.num_tokens / entry.weight
         if not chosen:
             return None
-        self._num_passes += 1
-        return TrainPass(self.model, chosen, keep=self.memory.keeps(rows), seed=self._num_passes)
-
-    def _take(self, entry: _Entry) -> list[Event]:
-        entry.taken = entry.job.next()
-        return []
-
-    def _guarded(self, entry: _Entry, function: Callable[[], list[Event]]) -> None:
-        """Pass a job's events on; a job that raises fails, one that has ended leaves."""
         try:
-            events = function()
+            return TrainPass(self.model, chosen, keep=self.memory.keeps(rows))
         except Exception as error:
-            self._fail(entry, error)
-            return
-        for event in events:
-            entry.sink(event)
-        if entry.job.finished:
-            self._entries.pop(entry.job.id)
-        elif entry.stopping:
-            self._leave(entry)
+            self._pass = None
+            log.exception("A training pass could not begin")
+            for job_id in {m.job_id for m in chosen}:
+                self._let_go(self._entries[job_id], error)
+            return None
 
-    def _fail(self, entry: _Entry, error: Exception) -> None:
-        del self._entries[entry.job.id]
-        if not isinstance(error, MultigraftError):
-            log.error("Fine-tuning job %s failed", entry.job.id, exc_info=error)
-        entry.sink(entry.job.failed(error))
-        for future in entry.stopping:
-            future.set_result(None)
+    def _next(self, entry: _Entry) -> Microbatch | None:
+        """The job's next microbatch; None when it has none now, or has failed."""
+        if entry.taken is None:
+            try:
+                entry.taken = entry.job.next()
+            except Exception as error:
+                self._let_go(entry, error)
+        return entry.taken
+
+    def _done(self, entry: _Entry, microbatch: Microbatch, result: PassResult) -> None:
+        entry.service += microbatch.num_tokens / entry.weight
+        try:
+            for event in entry.job.done(microbatch, result):
+                entry.on_event(event)
+        except Exception as error:
+            self._let_go(entry, error)
+            return
+        if entry.stopping or entry.job.stage is Stage.DONE:
+            self._let_go(entry)
