@@ -37,12 +37,17 @@ class TrainingEngine(Protocol):
         """The spec with max_length settled; CapacityExceeded, with the arithmetic, for what can never fit."""
         ...
 
+    def fits(self, spec: JobSpec) -> bool:
+        """Whether there is memory for such a job beside those that run now."""
+        ...
+
     def build(self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None) -> TrainingJob:
-        """A job at its start; takes device memory. Called off the loop."""
+        """A job at its start. Called off the loop, after fits() and before any other job's start()."""
         ...
 
     def start(self, job: TrainingJob, weight: float, on_event: Callable[[Event], None]) -> Future[None]:
-        """Run it beside the others, weight being its share; on_event is called on the engine's thread.
+        """Run it beside the others, weight being its share; on_event is called on the engine's thread. Its memory
+        counts until it has left.
 
         What on_event raises fails the job. The future is done once the engine has let go of the job, after its last
         event; with the exception, JobFailed say, that made it fail.

@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Shared:
     """As many as jobs may run at once; first come, first served."""
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Tokenising competes with the engine for the interpreter: one file at a time."""
+    room: asyncio.Condition = field(default_factory=asyncio.Condition)
+    """Notified when a job has given its memory back."""
     trained_tokens: int = 0
     steps: int = 0
 
@@ -171,36 +174,18 @@ class JobRun:
         return inputs
 
     async def _train(self, inputs: Inputs) -> None:
-        self._inbox = asyncio.Queue()
-        engine = self._shared.engine
+        room = self._shared.room
         try:
-            job = await off_loop(self._build, inputs)
-            trackers = await asyncio.to_thread(Trackers, self.id, self.request, self._folder / "tensorboard")
-            await self._update(self.event("Fine-tuning job started"), status=JobStatus.RUNNING.value)
-            self._last_step = time.monotonic()
-            deliver = _deliverer(self._inbox)
-
-            def tell(event: Event) -> None:
-                deliver(_Told(event, Snapshot(job) if event.kind is EventKind.CHECKPOINT else None))
-
-            left = engine.start(job, self.request.weight, tell)
-            left.add_done_callback(lambda future: deliver(_Out(future.exception())))
-            try:
-                halt = await self._follow(trackers)
-            finally:
-                engine.stop(self.id)
-                await asyncio.wait([asyncio.wrap_future(left)])
-                await asyncio.to_thread(trackers.close)
-            if halt is None:
-                await self._succeed()
-            elif halt.status is JobStatus.CANCELLED:
-                await self._settle(JobStatus.CANCELLED)
-            else:
-                await self._checkpoint(job.step, {}, await off_loop(Snapshot, job))
-                if halt.status is not None:
-                    await self._settle(halt.status)
+            async with room:
+                await room.wait_for(lambda: self._shared.engine.fits(inputs.spec))
+                self._inbox = asyncio.Queue()  # from here on it stops between two passes, not where it is
+                job = await off_loop(self._build, inputs)
+                left = await self._start(job)
+            await self._finish(job, await self._follow(left))
         finally:
             self._inbox = None
+            async with room:
+                room.notify_all()
 
     def _build(self, inputs: Inputs) -> TrainingJob:
         """At its start or, when there is one, at its last checkpoint."""
@@ -211,8 +196,31 @@ class JobRun:
         self.row = replace(self.row, step=job.step, trained_tokens=job.trained_tokens)
         return job
 
-    async def _follow(self, trackers: Trackers) -> _Halt | None:
-        """Store what the running job tells. None once it has ended by itself; raises what made it fail."""
+    async def _start(self, job: TrainingJob) -> Future[None]:
+        assert self._inbox is not None
+        await self._update(self.event("Fine-tuning job started"), status=JobStatus.RUNNING.value)
+        self._last_step = time.monotonic()
+        deliver = _deliverer(self._inbox)
+
+        def tell(event: Event) -> None:
+            deliver(_Told(event, Snapshot(job) if event.kind is EventKind.CHECKPOINT else None))
+
+        left = self._shared.engine.start(job, self.request.weight, tell)
+        left.add_done_callback(lambda future: deliver(_Out(future.exception())))
+        return left
+
+    async def _follow(self, left: Future[None]) -> _Halt | None:
+        """Until the engine has let go of it; None if it has ended by itself. Raises what made it fail."""
+        trackers = await asyncio.to_thread(Trackers, self.id, self.request, self._folder / "tensorboard")
+        try:
+            return await self._listen(trackers)
+        finally:
+            self._shared.engine.stop(self.id)
+            await asyncio.wait([asyncio.wrap_future(left)])
+            await asyncio.to_thread(trackers.close)
+
+    async def _listen(self, trackers: Trackers) -> _Halt | None:
+        """Store what the running job tells."""
         assert self._inbox is not None
         halt: _Halt | None = None
         done = False
@@ -286,6 +294,16 @@ class JobRun:
         await self._shared.engine.publish(row.model, self._store.checkpoint_folder(row) / "adapter")
 
     # Ends ------------------------------------------------------------------------------------------------------
+
+    async def _finish(self, job: TrainingJob, halt: _Halt | None) -> None:
+        if halt is None:
+            await self._succeed()
+        elif halt.status is JobStatus.CANCELLED:
+            await self._settle(JobStatus.CANCELLED)
+        else:
+            await self._checkpoint(job.step, {}, await off_loop(Snapshot, job))
+            if halt.status is not None:
+                await self._settle(halt.status)
 
     async def _succeed(self) -> None:
         store = self._store
@@ -367,10 +385,12 @@ class JobRun:
             raise
 
     async def _write(self, rows: Sequence[EventRow | FileRow], columns: dict[str, Any]) -> None:
+        row = replace(self.row, **columns)
         await asyncio.to_thread(self._store.update_job, self.id, rows, **columns)
-        self.row = replace(self.row, **columns)
-        if self.status.final:
+        if JobStatus(row.status).final:
             await asyncio.to_thread(self._store.drop_state, self.id)
+        self.row = row
+        if self.status.final:
             self._on_end(self)
 
 

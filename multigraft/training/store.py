@@ -321,7 +321,7 @@ class TrainingStore:
             raise
 
     def _sweep(self) -> None:
-        """Remove what a killed process left behind: content without a row."""
+        """Remove what a killed process left behind: content without a row, states of jobs that have ended."""
         for path in (self.folder / "uploads").iterdir():
             path.unlink()
         files = {row.id for row in self._select(FileRow)}
@@ -332,6 +332,8 @@ class TrainingStore:
         for path in self.folder.glob("jobs/*/checkpoints/*"):
             if path not in kept:
                 shutil.rmtree(path)
+        for job in {row.job_id for row in self.checkpoints()} - {row.id for row in self.unfinished_jobs()}:
+            self.drop_state(job)
 
 
 class Upload:

@@ -30,6 +30,8 @@ class PlainEngine:
         self.running: dict[str, tuple[TrainingJob, Callable[[Event], None], Future[None]]] = {}
         self.most_running = 0
         self.weights: dict[str, float] = {}
+        self.room = 100
+        """Jobs that fit beside each other."""
         self.diverge_at: dict[str, int] = {}
         """Job to the step in which its loss becomes NaN."""
         self.delay = delay
@@ -51,6 +53,9 @@ class PlainEngine:
         if spec.adapter.r > 32:
             raise CapacityExceeded(f"r is {spec.adapter.r}: needs 5 GiB, 4 GiB are there.", param="r")
         return spec.limit_length(MAX_TOKENS)
+
+    def fits(self, spec: JobSpec) -> bool:
+        return len(self.running) < self.room
 
     def build(self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None) -> TrainingJob:
         adapter = self._world.adapter(spec)
