@@ -216,7 +216,7 @@ class JobRun:
             return await self._listen(trackers)
         finally:
             self._shared.engine.stop(self.id)
-            await asyncio.wait([asyncio.wrap_future(left)])
+            await asyncio.gather(asyncio.wrap_future(left), return_exceptions=True)
             await asyncio.to_thread(trackers.close)
 
     async def _listen(self, trackers: Trackers) -> _Halt | None:

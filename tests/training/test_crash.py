@@ -22,8 +22,8 @@ POINTS = [
     ["store:TrainingStore._drop_states", 2, "before"],
     ["store:TrainingStore.add_checkpoint", 2, "after"],
     ["store:TrainingStore.add_checkpoint", 5, "after"],  # the last
-    ["store:TrainingStore.place", 1, "before"],  # results
-    ["store:TrainingStore.place", 1, "after"],
+    ["store:TrainingStore.place", 1, "after"],  # the upload
+    ["store:TrainingStore.place", 2, "after"],  # the results
     ["store:TrainingStore.drop_state", 1, "before"],
 ]
 
@@ -57,7 +57,7 @@ def test_kills(tmp_path):
             assert end == {"signal": signal.SIGKILL}, life
             continue
         assert {name: end[name] for name in same} == {name: whole[name] for name in same}, life
-        first = life["folder"].endswith("/0")  # killed before the job was stored: only its file was, and another came
+        first = life["folder"].endswith("/0")  # killed when its file was stored and it was not
         assert end["files"] == whole["files"] + first
-    went_on = [end for end in ends if any("started again" in m for m in end.get("events", ()))]
-    assert len(went_on) == len(POINTS) - 2 + 1  # all but those killed before there was a job, and after it had ended
+    went_on = [end for end in ends if any("started again" in message for message in end.get("events", ()))]
+    assert len(went_on) == len(POINTS) - 3 + 1  # in two there was no job yet, in one it had ended
