@@ -262,9 +262,7 @@ class TrainingJob:
         wrong = {name: metrics[name] for name in names if not math.isfinite(metrics[name])}
         if wrong:
             what = " and ".join(f"{name} is {value}" for name, value in wrong.items())
-            at = (
-                f"at step {self.step + 1}" if self.stage is Stage.TRAIN else f"in the validation after step {self.step}"
-            )
+            at = f"step {self.step + 1}" if self.stage is Stage.TRAIN else f"the validation after step {self.step}"
             self.stage = Stage.FAILED
             self.rewind()
             raise JobFailed(f"{what} in {at}: training diverged. A lower learning rate, or max_grad_norm, may help.")

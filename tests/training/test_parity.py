@@ -119,16 +119,22 @@ FORMULAS = {
 }
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
-@pytest.mark.parametrize("method", ["lora", "loreft", "direft", "noreft", "nodireft"])
-@pytest.mark.parametrize(("scope", "positions"), [("all", "all"), ("prefill", "all"), ("all", "f2+l1")])
+REFT = ("loreft", "direft", "noreft", "nodireft")
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "scope", "positions"),
+    [
+        *(("llama", method, "all", "all") for method in REFT),
+        *(("llama", method, "all", "f2+l1") for method in REFT),
+        *(("llama", method, "prefill", "all") for method in ("lora", *REFT)),
+        *(("qwen3", method, "prefill", "all") for method in ("lora", "loreft")),
+    ],
+)
 def test_masked_steps_equal_formulas_in_hooks(arch: str, method: str, scope: str, positions: str) -> None:
-    if (method == "lora" and positions != "all") or (arch == "qwen3" and scope == "all"):
-        pytest.skip("LoRA has no positions; one placement is enough on a second architecture")
     world, data = World(arch), random_dataset(8)
-    own = (
-        {"target_modules": ["q_proj", "down_proj"]} if method == "lora" else {"positions": positions, "layers": [0, 2]}
-    )
+    reft = {"positions": positions, "layers": [0, 2]}
+    own = {"target_modules": ["q_proj", "down_proj"]} if method == "lora" else reft
     job = world.job(
         data, adapter={"method": method, "r": 4, "scope": scope, **own}, n_epochs=3, batch_size=4, learning_rate=1e-2,
         schedule="constant", max_grad_norm=0.5,
