@@ -108,7 +108,7 @@ class TrainingJob:
         """Tokens of the samples in those steps."""
         self._data = {Stage.TRAIN: train} | ({} if validation is None else {Stage.VALIDATE: validation})
         self._lengths = {stage: data.lengths() for stage, data in self._data.items()}
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._check_lengths()
         self._digests = {stage.value: data.digest() for stage, data in self._data.items()}
         self._order = Order(len(train), spec.hyperparameters.batch_size, spec.seed)
@@ -128,10 +128,10 @@ class TrainingJob:
 
     def _check_lengths(self) -> None:
         longest = max(int(lengths.max()) for lengths in self._lengths.values())
-        if longest > self._max_tokens:
+        if longest > self.max_tokens:
             what = "pair" if self.spec.kind == "dpo" else "sample"
             raise CapacityExceeded(
-                f"The longest {what} has {longest} tokens, but a training pass has room for {self._max_tokens}; "
+                f"The longest {what} has {longest} tokens, but a training pass has room for {self.max_tokens}; "
                 "a smaller max_length leaves such samples out."
             )
 
@@ -189,7 +189,7 @@ class TrainingJob:
         examples = self._order.examples(self.step) if training else list(range(len(self._data[self.stage])))
         self._total = len(examples) if self.spec.kind == "dpo" else self._data[self.stage].weight(examples)
         lengths = self._lengths[self.stage]
-        bins = pack(examples, lengths, self._max_tokens) if h.packing else [[example] for example in examples]
+        bins = pack(examples, lengths, self.max_tokens) if h.packing else [[example] for example in examples]
         parts = []
         for i, bin in enumerate(bins):
             reference = _Part(bin, reference=True)
