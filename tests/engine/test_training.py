@@ -101,11 +101,12 @@ def peft_losses(world: World, job: TrainingJob, folder: Path) -> list[float]:
 
 def batches(job: TrainingJob) -> list[list]:
     """What a copy of the job hands out, step by step."""
-    from multigraft.training.batches import step_examples
+    from multigraft.training.batches import Order
 
     data = job._data[job.stage]
     h = job.spec.hyperparameters
-    steps = [step_examples(len(data), h.batch_size, job.spec.seed, step).tolist() for step in range(job.num_steps)]
+    order = Order(len(data), h.batch_size, job.spec.seed)
+    steps = [order.examples(step) for step in range(job.num_steps)]
     return [[s for example in step for s in data[example]] for step in steps]
 
 
