@@ -183,7 +183,7 @@ class Hyperparameters:
     eval_interval: Annotated[int | Auto, _or("auto", _integer(1, 1_000_000))] = "auto"
     """Optimizer steps between validations; auto: a tenth of the job. There is one at the end in any case."""
     early_stopping_patience: Annotated[int | None, _or(None, _integer(1, 1000))] = None
-    """End the job after this many validations in a row without a lower loss; null: never."""
+    """End the job after this many validations in a row without a lower loss; null: never. The last adapter is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,10 @@ class JobSpec:
         return dataclasses.asdict(self)
 
     def limit_length(self, longest: int) -> JobSpec:
-        """With max_length a number. longest: tokens of a sample that the model and the memory plan can take."""
+        """With max_length a number. longest: tokens of a sample that the model, and a training pass, have room for.
+
+        The two samples of a dpo pair share a pass.
+        """
         wanted = self.hyperparameters.max_length
         if wanted != "auto" and wanted > longest:
             raise InvalidRequest(

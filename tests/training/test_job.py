@@ -118,6 +118,9 @@ def test_another_job_s_state_is_refused(tmp_path: Path) -> None:
     same_spec = world.job(random_dataset(7), n_epochs=2)
     with pytest.raises(JobFailed, match="other data"):
         same_spec.restore(other_data.state())
+    job.state().save(tmp_path / "state")
+    with pytest.raises(JobFailed, match="of another adapter: `base_model"):
+        JobState.load(tmp_path / "state", make_job(world, "supervised", "loreft").adapter.design)
     (tmp_path / "cut").write_bytes(b"\x00" * 20)
     with pytest.raises(JobFailed, match="cannot be read"):
         JobState.load(tmp_path / "cut", job.adapter.design)
