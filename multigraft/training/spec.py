@@ -296,6 +296,6 @@ def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
 def _read(name: str, kind: Kind, value: Any) -> Any:
     try:
         return kind.read(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of an integer beyond any float
         why = f" {value} changes the base weights, which all adapters share." if value in BASE_CHANGING else ""
         raise InvalidRequest(f"{name} is {value!r}; it must be {kind.want}.{why}", param=name) from None

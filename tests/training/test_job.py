@@ -109,6 +109,22 @@ def test_microbatches_may_be_taken_ahead_of_their_results() -> None:
     assert events == expected
 
 
+def test_dropout_differs_between_microbatches_and_repeats_with_them() -> None:
+    def seeds(job: TrainingJob) -> list[int]:
+        taken = []
+        while (microbatch := job.next()) is not None:
+            taken.append(microbatch.seed)
+        return taken
+
+    world, data = World(), random_dataset(12)
+    job, later = (world.job(data, batch_size=6, n_epochs=1, packing=False) for _ in range(2))
+    first = seeds(job)
+    job.rewind()
+    assert seeds(job) == first and len(set(first)) == len(first) == 6
+    drive(later, ReferenceExecutor(world.model, world.sites), num_steps=1)
+    assert not set(seeds(later)) & set(first)
+
+
 def test_another_job_s_state_is_refused(tmp_path: Path) -> None:
     world = World()
     job = make_job(world, "supervised", "lora")
