@@ -17,6 +17,7 @@ from multigraft import Engine, SamplingParams
 from multigraft.core.errors import JobFailed
 from multigraft.core.region import Scope
 from multigraft.training.adapter import AdapterDesign, TrainableAdapter
+from multigraft.training.batches import Order
 from multigraft.training.dataset import Dataset
 from multigraft.training.job import Event, EventKind, TrainingJob
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
@@ -34,7 +35,12 @@ class World:
     def __init__(self, folder: Path):
         self.checkpoint = build_checkpoint(folder / "base", "llama")
         self.engine = Engine(
-            str(self.checkpoint), dtype="float32", kv_cache_gib=0.01, adapter_memory_gib=0.02, max_num_batched_tokens=64, max_num_seqs=8
+            str(self.checkpoint),
+            dtype="float32",
+            kv_cache_gib=0.01,
+            adapter_memory_gib=0.02,
+            max_num_batched_tokens=64,
+            max_num_seqs=8,
         )
         self.core = self.engine._engine._core
         self.parts = self.core.parts
@@ -100,14 +106,10 @@ def peft_losses(world: World, job: TrainingJob, folder: Path) -> list[float]:
 
 
 def batches(job: TrainingJob) -> list[list]:
-    """What a copy of the job hands out, step by step."""
-    from multigraft.training.batches import Order
-
-    data = job._data[job.stage]
-    h = job.spec.hyperparameters
+    """The samples of every step."""
+    data, h = job._data[job.stage], job.spec.hyperparameters
     order = Order(len(data), h.batch_size, job.spec.seed)
-    steps = [order.examples(step) for step in range(job.num_steps)]
-    return [[s for example in step for s in data[example]] for step in steps]
+    return [[s for example in order.examples(step) for s in data[example]] for step in range(job.num_steps)]
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])
