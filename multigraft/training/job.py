@@ -6,6 +6,7 @@ import enum
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 
@@ -163,7 +164,7 @@ class TrainingJob:
         part, expected = self._flight.popleft()
         assert microbatch is expected, "results must come in the order of next()"
         if part.reference:
-            self._reference[self.stage][self._index(part)] = sequence_sums(result.logps).view(-1, 2)
+            self._reference[self.stage][self._index(part.examples)] = sequence_sums(result.logps).view(-1, 2)
             return []
         totals = self._totals
         totals.losses.append(result.loss)
@@ -190,25 +191,29 @@ class TrainingJob:
         self._total = len(examples) if self.spec.kind == "dpo" else self._data[self.stage].weight(examples)
         lengths = self._lengths[self.stage]
         bins = pack(examples, lengths, self.max_tokens) if h.packing else [[example] for example in examples]
+        unknown = self._unknown(examples)
         parts = []
         for i, bin in enumerate(bins):
-            reference = _Part(bin, reference=True)
-            if self.spec.kind == "dpo" and self._known(reference).isnan().any():
-                parts.append(reference)
+            if not unknown.isdisjoint(bin):
+                parts.append(_Part(bin, reference=True))
             parts.append(_Part(bin, seed=dropout_seed(seed, self.step, i)))
         return parts
 
     def _objective(self, part: _Part, samples: tuple[Sample, ...]) -> Supervised | Dpo:
         if self.spec.kind != "dpo" or part.reference:  # of a reference the log-probabilities alone are used
             return Supervised(samples, self._total)
-        return Dpo(self._known(part), self.spec.hyperparameters.beta, self._total)
+        known = self._reference[self.stage][self._index(part.examples)]
+        return Dpo(known, self.spec.hyperparameters.beta, self._total)
 
-    def _known(self, part: _Part) -> torch.Tensor:
-        """(pairs, 2) of what dpo compares with."""
-        return self._reference[self.stage][self._index(part)]
+    def _unknown(self, examples: list[int]) -> set[int]:
+        """Those that dpo has not asked the base model about yet."""
+        if self.spec.kind != "dpo":
+            return set()
+        known = self._reference[self.stage][self._index(examples)]
+        return set(compress(examples, known[:, 0].isnan().tolist()))
 
-    def _index(self, part: _Part) -> torch.Tensor:
-        return to_device(part.examples, torch.int64, self.adapter.parameters.device)
+    def _index(self, examples: list[int]) -> torch.Tensor:
+        return to_device(examples, torch.int64, self.adapter.parameters.device)
 
     # What ends -----------------------------------------------------------------------------------------------------
 
