@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Protocol
 
-from multigraft.core.batch import AdapterMove, Batch, Phase, Span
+from multigraft.core.batch import AdapterMove, Batch, Phase
 from multigraft.core.errors import MultigraftError
 from multigraft.core.request import AdapterRef, FinishReason, Request, SamplingParams
 from multigraft.kvcache.pages import PagePool
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
-from multigraft.scheduling.steady import skip, steady_steps
+from multigraft.scheduling.steady import decode_batch, skip, steady_steps
 from multigraft.scheduling.steptime import StepShape
 
 from .loads import HostMemory
@@ -50,6 +50,7 @@ class _Flight:
 
     seconds: float
     decodes: int
+    """Rows that decode."""
     sampled: list[Served] = field(default_factory=list)
     """Those whose prompt ended in it, or was computed again up to its end."""
     ended: list[Served] = field(default_factory=list)
@@ -113,8 +114,6 @@ class Twin:
         """A heap of (due, number, start, move, whether it is on the device then)."""
         self._num_loads = 0
         self._in_flight: _Flight | None = None
-        self._decoding: list[Span] = []
-        """The last batch's spans of unfinished requests, if it had decodes alone."""
         self._delivered = 0.0
         """When the last results came."""
         self._sample_every = max(workload.duration, 1.0) / NUM_SAMPLES
@@ -122,19 +121,20 @@ class Twin:
 
     def run(self, *, stop_at_preemption: bool = False) -> bool:
         """Whether it came to the end; with stop_at_preemption it stops where the first request is preempted."""
-        while True:
+        more = True
+        while more:
             self._arrive()
             self._finish_loads()
-            self._skip()
-            batch = self.scheduler.schedule()
-            if batch.preempted and stop_at_preemption:
-                return False
-            for move in batch.loads:
-                self._start_load(move)
-            if batch or self._in_flight is not None:
-                self._turn(batch)
-            elif not self._wait():
-                break
+            if not self._skip():
+                batch = self.scheduler.schedule()
+                if batch.preempted and stop_at_preemption:
+                    return False
+                for move in batch.loads:
+                    self._start_load(move)
+                if batch or self._in_flight is not None:
+                    self._turn(batch)
+                else:
+                    more = self._wait()
             if self.now >= self._next_sample:
                 self._sample()
         assert not self.scheduler.num_running and not self.scheduler.num_waiting, "requests wait for nothing"
@@ -146,17 +146,16 @@ class Twin:
 
     def _turn(self, batch: Batch) -> None:
         """As EngineCore._step."""
-        before, self._in_flight = self._in_flight, None
-        flight = self._launch(batch) if batch else None
-        if self.profile.overlap:
-            if flight is not None:
-                self._commit(batch, flight)
-                self._in_flight = flight
-            if before is not None:
-                self._deliver(before)
-        elif flight is not None:
-            self._commit(batch, flight)
-            self._deliver(flight)
+        flight = None
+        if batch:
+            flight = self._launch(batch)
+            # Every span that samples gets a token; commit() asks for no others.
+            self.scheduler.commit(batch, dict.fromkeys([span.request.id for span in batch.spans], 0))
+            ended = [r for span in batch.spans if len((r := span.request).tokens) == r.max_len]
+            flight.ended = [self._served(request) for request in ended]
+            for request in ended:
+                self._finish(request)
+        self._fly(flight)
         for request in batch.preempted:
             self._pause(request)
 
@@ -164,11 +163,11 @@ class Twin:
         if self.on_batch is not None:
             self.on_batch(batch)
         seconds = self.timing.step(batch) if self.timing else self.profile.steps.predict(StepShape.of(batch))
-        flight = _Flight(seconds, 0)
+        flight = _Flight(seconds, len(batch.spans))
         for span in batch.spans:
             if span.phase is Phase.DECODE:
-                flight.decodes += 1
-                continue
+                break  # the last phase
+            flight.decodes -= 1
             served = self._served(span.request)
             if served.started is None:
                 served.started = self.now
@@ -179,23 +178,16 @@ class Twin:
         self.record.steps += 1  # type: ignore[operator]
         return flight
 
-    def _commit(self, batch: Batch, flight: _Flight) -> None:
-        scheduler = self.scheduler
-        spans = batch.spans
-        scheduler.commit(batch, {span.request.id: 0 for span in spans if span.samples})
-        self._decoding = []
-        alone = flight.decodes == len(spans) and not batch.preempted and not batch.loads and batch.train is None
-        for span in spans:
-            request = span.request
-            if len(request.tokens) == request.max_len:
-                self._finish(request, flight)
-            elif alone:
-                self._decoding.append(span)
-
-    def _finish(self, request: Request, flight: _Flight) -> None:
+    def _finish(self, request: Request) -> None:
         self.scheduler.finish(request, FinishReason.LENGTH)
         self._host.release(request.adapter)
-        flight.ended.append(self._served(request))
+
+    def _fly(self, flight: _Flight | None) -> None:
+        """Deliver the step, or with overlap the one before it, which has had time to end."""
+        if self.profile.overlap:
+            flight, self._in_flight = self._in_flight, flight
+        if flight is not None:
+            self._deliver(flight)
 
     def _deliver(self, flight: _Flight) -> None:
         """Let the step's time pass, and hand its tokens out."""
@@ -220,27 +212,30 @@ class Twin:
         if request.num_output and served.last is None:
             served.last = self._delivered
 
-    def _skip(self) -> None:
-        """Run at once the steps up to the next event that decode what the last one did."""
-        if not self._decoding or self.timing is not None or self.on_batch is not None:
-            return
-        requests = [span.request for span in self._decoding]
-        steps = steady_steps(self.scheduler, requests)
-        if steps < 2:
-            return
-        model, shape = self.profile.steps, StepShape.of(Batch(spans=self._decoding))  # one position short
+    def _skip(self) -> bool:
+        """Run at once the steps up to the next event that only decode; False when there are none."""
+        if self.timing is not None or self.on_batch is not None:
+            return False
+        steps = steady_steps(self.scheduler)
+        if steps == 0:
+            return False
+        spans = decode_batch(self.scheduler).spans
+        ending = [span.request for span in spans if span.request.max_len - len(span.request.tokens) == steps]
+        model, shape = self.profile.steps, StepShape.of(Batch(spans=spans))
         seconds, growth = model.predict(shape), model.growth(shape)
         event, done = self._next_event(), 0
         while done < steps and self.now < event:
+            flight = _Flight(seconds + done * growth, len(spans))
             done += 1
-            flight = _Flight(seconds + done * growth, len(requests))
-            if self.profile.overlap:
-                assert self._in_flight is not None
-                flight, self._in_flight = self._in_flight, flight
-            self._deliver(flight)
-        skip(self.scheduler, requests, done)
-        self._decoding = []
+            if done == steps:
+                flight.ended = [self._served(request) for request in ending]
+            self._fly(flight)
+        skip(self.scheduler, done)
         self.record.steps += done  # type: ignore[operator]
+        if done == steps:
+            for request in ending:
+                self._finish(request)
+        return True
 
     # Events ----------------------------------------------------------------------------------------------------
 
