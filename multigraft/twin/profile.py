@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from multigraft.core.config import SchedulerConfig
+from multigraft.core.config import SchedulerConfig, TrainingConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest
 from multigraft.scheduling.steptime import StepTimeModel
 
@@ -60,6 +60,7 @@ class Deployment:
     enable_prefix_caching: bool = True
     max_cpu_loras: int = 256
     max_model_len: int
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @property
     def kv_tokens(self) -> int:
@@ -80,6 +81,8 @@ class Profile:
     """Whether a step is scheduled while the one before it runs, as on CUDA."""
     num_layers: int = 1
     """Decoder layers, through which training passes."""
+    train_rows: int = 2048
+    """Of one training pass, at most."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Relative errors of the step-time model on steps it was not fitted to: mean, p95, worst."""
 

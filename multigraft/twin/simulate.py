@@ -21,10 +21,12 @@ from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
 from multigraft.scheduling.steady import decode_batch, skip, steady_steps
 from multigraft.scheduling.steptime import StepShape
+from multigraft.scheduling.training import TrainingShare
 
 from .loads import HostMemory
 from .profile import Deployment, Profile
 from .record import Load, Record, Sample, Served
+from .training import Training
 from .workload import PREFIX_BLOCK, Arrival, Workload
 
 NUM_SAMPLES = 600
@@ -49,11 +51,14 @@ class _Flight:
     """A step whose results are still to be delivered."""
 
     seconds: float
+    """Until the results are there."""
     decodes: int
     """Rows that decode."""
     sampled: list[Served] = field(default_factory=list)
     """Those whose prompt ended in it, or was computed again up to its end."""
     ended: list[Served] = field(default_factory=list)
+    afterwards: float = 0.0
+    """Seconds of the training that follows the results."""
 
 
 def simulate(
@@ -94,7 +99,9 @@ class Twin:
         self.deployment = deployment
         pages = PagePool(deployment.kv_pages, deployment.page_size, deployment.enable_prefix_caching)
         residency = Residency(deployment.max_loras, deployment.adapter_bytes)
-        self.scheduler = Scheduler(deployment.scheduler, pages, residency)
+        share = TrainingShare(deployment.training, profile.steps)
+        self.scheduler = Scheduler(deployment.scheduler, pages, residency, share)
+        self.training = Training(workload.jobs, profile.num_layers, profile.train_rows)
         self.now = 0.0
         self.record = Record(
             workload=workload,
@@ -121,25 +128,24 @@ class Twin:
 
     def run(self, *, stop_at_preemption: bool = False) -> bool:
         """Whether it came to the end; with stop_at_preemption it stops where the first request is preempted."""
-        more = True
-        while more:
+        while self._goes_on():
             self._arrive()
             self._finish_loads()
             if not self._skip():
-                batch = self.scheduler.schedule()
+                batch = self.scheduler.schedule(self.training.work(self.now))
                 if batch.preempted and stop_at_preemption:
                     return False
                 for move in batch.loads:
                     self._start_load(move)
-                if batch or self._in_flight is not None:
+                if batch or batch.train is not None or self._in_flight is not None:
                     self._turn(batch)
                 else:
-                    more = self._wait()
+                    self._wait()
             if self.now >= self._next_sample:
                 self._sample()
-        assert not self.scheduler.num_running and not self.scheduler.num_waiting, "requests wait for nothing"
         self.record.seconds = self.now
         self.record.preemptions = self.scheduler.num_preemptions
+        self.record.train_tokens = self.training.tokens
         return True
 
     # Turns -----------------------------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ class Twin:
     def _turn(self, batch: Batch) -> None:
         """As EngineCore._step."""
         flight = None
-        if batch:
+        if batch or batch.train is not None:
             flight = self._launch(batch)
             # Every span that samples gets a token; commit() asks for no others.
             self.scheduler.commit(batch, dict.fromkeys([span.request.id for span in batch.spans], 0))
@@ -162,8 +168,17 @@ class Twin:
     def _launch(self, batch: Batch) -> _Flight:
         if self.on_batch is not None:
             self.on_batch(batch)
-        seconds = self.timing.step(batch) if self.timing else self.profile.steps.predict(StepShape.of(batch))
-        flight = _Flight(seconds, len(batch.spans))
+        flight = _Flight(0.0, len(batch.spans))
+        if self.timing is not None:
+            flight.seconds = self.timing.step(batch)
+        else:
+            shape = StepShape.of(batch)
+            flight.seconds = seconds = self.profile.steps.predict(shape)
+            if batch.train is not None:
+                until_results = replace(shape, train_backward=0, train_layers=batch.train.forward)
+                flight.seconds = self.profile.steps.predict(until_results)
+                flight.afterwards = seconds - flight.seconds
+                self.training.run(batch.train)
         for span in batch.spans:
             if span.phase is Phase.DECODE:
                 break  # the last phase
@@ -173,8 +188,6 @@ class Twin:
                 served.started = self.now
             if span.samples:
                 flight.sampled.append(served)
-        if batch.train is not None:
-            self.record.train_tokens += batch.train.rows * batch.train.backward // self.profile.num_layers
         self.record.steps += 1  # type: ignore[operator]
         return flight
 
@@ -205,6 +218,7 @@ class Twin:
         for served in flight.ended:
             served.last, served.num_tokens = now, served.request.output_len
         self._delivered = now
+        self.now += flight.afterwards
 
     def _pause(self, request: Request) -> None:
         """A preempted request has had its last token for a while."""
@@ -214,7 +228,7 @@ class Twin:
 
     def _skip(self) -> bool:
         """Run at once the steps up to the next event that only decode; False when there are none."""
-        if self.timing is not None or self.on_batch is not None:
+        if self.timing is not None or self.on_batch is not None or self.training.work(self.now) is not None:
             return False
         steps = steady_steps(self.scheduler)
         if steps == 0:
@@ -239,19 +253,28 @@ class Twin:
 
     # Events ----------------------------------------------------------------------------------------------------
 
+    def _goes_on(self) -> bool:
+        """Until all requests have ended; jobs alone, until they have."""
+        requests, s = self.record.workload.requests, self.scheduler
+        if self._arrived < len(requests) or s.num_running or s.num_waiting or self._in_flight is not None:
+            return True
+        return not requests and (self.training.next_start is not None or self.training.work(self.now) is not None)
+
     def _next_event(self) -> float:
         """When something next happens by itself; infinity when nothing will."""
         requests = self.record.workload.requests
         arrival = requests[self._arrived].time if self._arrived < len(requests) else math.inf
-        return min(arrival, self._loads[0][0] if self._loads else math.inf)
+        load = self._loads[0][0] if self._loads else math.inf
+        job = self.training.next_start
+        return min(arrival, load, math.inf if job is None else job)
 
-    def _wait(self) -> bool:
-        """Let the time pass until the next event; False when there is none."""
+    def _wait(self) -> None:
+        """Let the time pass until the next event."""
         event = self._next_event()
-        if event == math.inf:
-            return False
-        self.now = max(self.now, event)
-        return True
+        if event < math.inf:
+            self.now = max(self.now, event)
+        else:
+            assert self._arrived == len(self.record.workload.requests) and not self.scheduler.num_waiting
 
     def _arrive(self) -> None:
         """As AsyncEngine's checks and EngineCore._add."""
