@@ -31,6 +31,8 @@ from .points import DesignedShare, Plan, PointRunner, Timed, draw_point
 RANKS = (8, 16, 32, 64)
 SLOTS = 64
 """Adapters on the device while calibrating, unless the configuration asks for more."""
+RANK_SUM = 256
+"""Of the adapters of one rank: 32 of rank 8, 4 of rank 64."""
 TRAIN_SHARE = 0.25
 """Of the measuring time that goes into steps with training."""
 HELD_OUT = 5
@@ -132,7 +134,7 @@ def _register(parts: EngineParts, folder: Path, progress: Progress) -> list[list
     for i, rank in enumerate(ranks):
         progress(f"Writing adapters of rank {rank}", 0.02 + 0.02 * i / len(ranks))
         nbytes = write_adapter(folder / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
-        count = min(SLOTS, parts.bank.capacity_bytes // nbytes)
+        count = min(RANK_SUM // rank, parts.bank.capacity_bytes // nbytes)
         if count:
             names.append([f"calibration-{rank}-{n}" for n in range(count)])
         for name in names[-1] if count else ():

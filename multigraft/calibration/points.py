@@ -18,13 +18,12 @@ from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
 from multigraft.scheduling.steptime import StepShape
 from multigraft.scheduling.training import TrainingShare, TrainWork
-
-from .drive import LEAST_TOKEN
+from multigraft.twin.workload import LEAST_TOKEN
 
 Timed = tuple[StepShape, float]
 MAX_NEW = 4096
 """Prompt tokens that a point computes, at most."""
-MAX_OUTPUT = 12
+MAX_OUTPUT = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
