@@ -240,7 +240,7 @@ class EngineCore:
             self._failures = 0
         except Exception as error:
             self._failures += 1
-            if batch.train is not None and batch.train.forward:
+            if self.trainer.rides and batch.train is not None and batch.train.forward:
                 # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
                 self.trainer.abandon(error)
                 return
@@ -295,8 +295,7 @@ class EngineCore:
         late = None
         if before is not None and before.launched is not None:
             late = LateTokens(before.launched.tokens, {s.request.id: i for i, s in enumerate(before.spans)})
-        riding = self.trainer.riding(batch.train) if batch.train is not None and batch.train.forward else None
-        output = parts.runner.execute(batch, late, riding)
+        output = parts.runner.execute(batch, late, self.trainer.riding(batch.train))
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
         launched = None
