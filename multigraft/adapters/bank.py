@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from multigraft.core.errors import CapacityExceeded
+from multigraft.kernels.lora import NO_OFFSET
 from multigraft.kernels.packed import Factors
 
 from .plan import ALIGN
@@ -62,9 +63,10 @@ class Bank:
     and compaction are queued on the current stream. So kernels already launched see what they were launched with.
 
     arena: (capacity,) every extent.
-    table: (sites, max_slots, max_members, 3) int64 on the device: (a offset, b offset, rank) of each member, in
-    elements of the arena; zeros where the adapter does not act at the site. The a offset is the member's own, within
-    the site's stacked A, so that member 0's is where the stack starts even if its rank is 0.
+    table: (sites, max_slots, max_members, 4) int64 on the device: (a offset, b offset, rank, c offset) of each member,
+    in elements of the arena; zeros where the adapter does not act at the site. Offsets of a and c are the member's own,
+    within what the site's members have stacked, so that member 0's is where the stack starts even if its rank is 0;
+    c is NO_OFFSET where the adapter has none.
     scales: (sites, max_slots, max_members) float32 on the device.
     """
 
@@ -84,7 +86,7 @@ class Bank:
         self.capacity = capacity_bytes // dtype.itemsize // ALIGN * ALIGN
         self.arena = torch.zeros(self.capacity, dtype=dtype, device=self.device)
         members = max(len(site.members) for site in sites)
-        self.table = torch.zeros(len(sites), max_slots, members, 3, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(len(sites), max_slots, members, 4, dtype=torch.int64, device=self.device)
         self.scales = torch.zeros(len(sites), max_slots, members, dtype=torch.float32, device=self.device)
         self.version = 0
         """Grows with every change of a slot or an offset."""
@@ -206,17 +208,18 @@ class Bank:
     def _rows(self, blocks: dict[int, SiteBlock]) -> tuple[torch.Tensor, torch.Tensor]:
         """A slot's rows of `table` and `scales`, in host memory."""
         num_sites, _, members, _ = self.table.shape
-        rows = [0] * (num_sites * members * 3)
+        rows = [0] * (num_sites * members * 4)
         scales = [0.0] * (num_sites * members)
         for index, block in blocks.items():
-            a, width = block.a, self.sites[index].in_features
+            a, c, width = block.a, block.c, self.sites[index].in_features
             for m, (rank, scale, b) in enumerate(zip(block.ranks, block.scales, block.b, strict=True)):
                 at = index * members + m
-                rows[3 * at : 3 * at + 3] = (a, b, rank)
+                rows[4 * at : 4 * at + 4] = (a, b, rank, NO_OFFSET if c is None else c)
                 scales[at] = scale
                 a += rank * width
+                c = None if c is None else c + rank
         return (
-            torch.tensor(rows, dtype=torch.int64).view(num_sites, members, 3),
+            torch.tensor(rows, dtype=torch.int64).view(num_sites, members, 4),
             torch.tensor(scales, dtype=torch.float32).view(num_sites, members),
         )
 

@@ -1,8 +1,8 @@
 """The segmented LoRA operation in Triton: three kernels that serve the forward and the backward pass.
 
-    shrink   h = x Wᵀ      forward: W = A           backward: x = g, W = B
+    shrink   h = x Wᵀ      forward: W = A, and + c  backward: x = g, W = B
     expand   y += h W      forward: W = B           backward: y = d_x, W = A
-    outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A)
+    outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A, with which d_c is the sum of u over the rows)
 
 A kernel works on one side of the adapters. Side "a": the members' A lie one after another, so they are one
 (sum(ranks), in) matrix over all columns of x. Side "b": each member's B (rank, out) over its own columns of y; the
@@ -79,7 +79,7 @@ def _factor(
     first = 0
     rank = 0
     for m in tl.static_range(MEMBERS):
-        r = tl.load(entry + 3 * m + 2).to(tl.int32)
+        r = tl.load(entry + 4 * m + 2).to(tl.int32)
         if SIDE == "a":
             rank += r
         else:
@@ -89,9 +89,15 @@ def _factor(
         offset = tl.load(entry)
         scale = 1.0
     else:
-        offset = tl.load(entry + 3 * member + 1)
+        offset = tl.load(entry + 4 * member + 1)
         scale = tl.load(scales + slot.to(tl.int64) * scales_stride + member)
     return arena + tl.multiple_of(offset, ALIGN), rank, first, scale
+
+
+@triton.jit
+def _c_offset(table, table_stride, slot):
+    """Where the slot's c, of all members, begins; negative: there is none."""
+    return tl.load(table + slot.to(tl.int64) * table_stride + 3)
 
 
 @triton.jit
@@ -108,7 +114,7 @@ def _shrink_kernel(
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ."""
+    """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ; on side "a" split 0 adds c."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
     if PDL:
@@ -138,6 +144,10 @@ def _shrink_kernel(
             mask = in_k[:, None] & (offs_r < rank)[None, :]
             w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
             acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+        if SIDE == "a":
+            c = _c_offset(table, table_stride, slot)
+            if (c >= 0) & (split == 0):
+                acc += tl.load(arena + c + offs_r, mask=offs_r < rank, other=0.0).to(tl.float32)[None, :]
         mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
         tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
 
@@ -238,7 +248,10 @@ def _outer_kernel(
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """d_W[a block of ranks, a block of columns] = scale * hᵀ x, summed over the slot's tiles in the table's order."""
+    """d_W[a block of ranks, a block of columns] = scale * hᵀ x, summed over the slot's tiles in the table's order.
+
+    On side "a" the first block of columns also sums h over the rows, which is d_c.
+    """
     slot = tl.program_id(2)
     start = 0
     count = 0
@@ -257,6 +270,7 @@ def _outer_kernel(
     in_n = offs_n < width
     offs_m = tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    h_sum = tl.zeros((BLOCK_R,), tl.float32)
     for t in range(start, start + count):
         first_row, rows = tl.load(tiles + t * 3).to(tl.int64), tl.load(tiles + t * 3 + 1)
         in_m = offs_m < rows
@@ -265,6 +279,11 @@ def _outer_kernel(
         x_mn = x + first_row * x_stride + left + offs_m[:, None] * x_stride + offs_n[None, :]
         x_mn = tl.load(x_mn, mask=in_m[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(h_rm.to(x_mn.dtype), x_mn, acc, input_precision="ieee")
+        h_sum += tl.sum(h_rm, axis=1)
+    if SIDE == "a":
+        c = _c_offset(table, table_stride, slot)
+        if (c >= 0) & (block == 0):
+            tl.store(d_arena + c + offs_r, h_sum.to(d_arena.dtype.element_ty), mask=in_r)
     d_w += offs_r[:, None] * width + offs_n[None, :]
     tl.store(d_w, (scale * acc).to(d_arena.dtype.element_ty), mask=in_r[:, None] & in_n[None, :])
 
@@ -288,7 +307,7 @@ class Work(NamedTuple):
     @property
     def strides(self) -> tuple[int, int]:
         """From slot to slot in table and scales, which may be a site's part of wider ones."""
-        assert self.table.stride()[1:] == (3, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
+        assert self.table.stride()[1:] == (4, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
         return self.table.stride(0), self.scales.stride(0)
 
 
@@ -348,7 +367,7 @@ def outer(
 
 
 def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, out_features: Sequence[int]) -> None:
-    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place."""
+    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place; y may be x: shrink has read it all by then."""
     assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
     h = shrink(x, arena, work, "a", [x.shape[1]])
     expand(y, h, arena, work, "b", out_features)

@@ -9,6 +9,7 @@ from multigraft.adapters.bank import Bank
 from multigraft.adapters.plan import ALIGN, MemberFactors, lay_out, pack
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.errors import CapacityExceeded
+from multigraft.kernels.lora import NO_OFFSET
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SITES = [
@@ -51,8 +52,8 @@ def check_content(bank: Bank, slot: int, tensors: Tensors) -> None:
             rank = 0 if a is None else a.shape[0]
             assert factors.ranks[m] == rank and factors.scales[m] == scale
             assert factors.b[m].shape == (rank, site.out_features[m])
-            a_at, b_at, table_rank = table[site.index, slot, m].tolist()
-            assert table_rank == rank and scales[site.index, slot, m].item() == scale
+            a_at, b_at, table_rank, c_at = table[site.index, slot, m].tolist()
+            assert table_rank == rank and c_at == NO_OFFSET and scales[site.index, slot, m].item() == scale
             if rank:
                 assert torch.equal(factors.a[row : row + rank].cpu(), a) and torch.equal(factors.b[m].cpu(), b.T)
                 assert torch.equal(arena[a_at : a_at + a.numel()].view_as(a), a)
