@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.common import finish
 from multigraft.kernels import lora_reference, lora_triton
-from multigraft.kernels.lora import segmented_lora, segmented_lora_, segmented_lora_backward
+from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, segmented_lora_backward
 from multigraft.kernels.tiles import build_tiles, choose_block_m, max_tiles
 
 SITES = {
@@ -98,7 +98,7 @@ class Inputs:
             a, b = offset, offset + rank * n_in * len(outs)
             entry = []
             for out in outs:
-                entry.append((a, b, rank))
+                entry.append((a, b, rank, NO_OFFSET))
                 a, b = a + rank * n_in, b + rank * out
             table.append(entry)
             offset = b

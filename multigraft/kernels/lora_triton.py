@@ -19,9 +19,11 @@ so a launch can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -315,11 +317,12 @@ def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
     return tuple(triton.cdiv(w, size) for w in widths)
 
 
-def _overlap(tensor: torch.Tensor) -> dict[str, bool]:
+@cache
+def _overlap(device: torch.device) -> dict[str, bool]:
     """Launch options. From Hopper on, a kernel may start while the one before it runs (programmatic dependent launch):
     it reads its tables, and waits before it touches x, h or y. Every program waits, also those without work: the
     kernel after this one takes its end for the end of all before."""
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -335,7 +338,7 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
     _shrink_kernel[(splits * len(widths), len(work.tiles))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
         WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
-        CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x),
+        CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x.device),
     )  # fmt: skip
     return h
 
@@ -347,7 +350,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, si
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
         WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
-        BLOCK_M=work.block_m, FEW_RANKS=FEW_RANKS, **options, **_overlap(y),
+        BLOCK_M=work.block_m, FEW_RANKS=FEW_RANKS, **options, **_overlap(y.device),
     )  # fmt: skip
 
 
@@ -371,6 +374,26 @@ def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, o
     assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
     h = shrink(x, arena, work, "a", [x.shape[1]])
     expand(y, h, arena, work, "b", out_features)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arena: torch.Tensor,
+    work: Work,
+    out_features: Sequence[int],
+    beside: torch.cuda.Stream,
+) -> torch.Tensor:
+    """F.linear(x, weight, bias) (T, sum(out)) with the adapters' outputs; shrink runs beside the base product."""
+    here = torch.cuda.current_stream(x.device)
+    beside.wait_stream(here)
+    y = F.linear(x, weight, bias)
+    with torch.cuda.stream(beside):
+        h = shrink(x, arena, work, "a", [x.shape[1]])
+    here.wait_stream(beside)
+    expand(y, h, arena, work, "b", out_features)
+    return y
 
 
 def backward(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
-from multigraft.kernels.lora import segmented_lora_
 from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_equal_segments, add_segment
 from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 from multigraft.kvcache.transfer import upload
+
+if TYPE_CHECKING:
+    from multigraft.kernels.lora_triton import Work
 
 NO_SLOT = -1
 
@@ -144,6 +147,8 @@ class CudaGrafts:
 
     def __init__(self, sites: Sequence[Site], bank: Bank, head: str | None, max_rank: int):
         """head: module path of the output head, which sees the sampled rows only. max_rank: of any adapter."""
+        from multigraft.kernels import lora_triton  # here, as machines without a GPU may have no Triton
+
         self.sites = list(sites)
         self.bank = bank
         self.head_sites = {s.index for s in sites if head in s.members}
@@ -153,6 +158,8 @@ class CudaGrafts:
         self._head: _Tiles | None = None
         self._fixed: frozenset[SiteKind] | None = None
         self._kinds: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
+        self._stream = torch.cuda.Stream(bank.device)
+        self._kernels = lora_triton
 
     def kinds(self, slots: Iterable[int]) -> frozenset[SiteKind] | None:
         """The kinds of sites, inside the decoder layers, where the slots' adapters act; None when one of them acts
@@ -179,7 +186,8 @@ class CudaGrafts:
             x = bank.arena.new_zeros(2, site.in_features)
             y = bank.arena.new_zeros(2, sum(site.out_features))
             for block_m in (DECODE_ROWS, PREFILL_ROWS):
-                self._launch(site, y, x, _Tiles(tiles, block_m, []))
+                work = self._work(site, _Tiles(tiles, block_m, []))
+                self._kernels.forward(y, x, bank.arena, work, site.out_features)
 
     def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
         """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.
@@ -199,29 +207,31 @@ class CudaGrafts:
             self._head = _Tiles.of(row_slot[head_rows], self.bank.device)
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-        tiles = self._head if site in self.head_sites else self._body
-        where, bank = self.sites[site], self.bank
-        acts = bank.entries(site) if self._fixed is None else where.kind in self._fixed
-        if tiles is None or not acts:
+        tiles, where = self._tiles(site), self.sites[site]
+        if tiles is None:
             return
         if where.kind is SiteKind.EMBEDDING:
-            add_embedding(bank, site, y, x, tiles.segments)
+            add_embedding(self.bank, site, y, x, tiles.segments)
         else:
-            self._launch(where, y, x, tiles)
+            self._kernels.forward(y, x, self.bank.arena, self._work(where, tiles), where.out_features)
 
-    def _launch(self, site: Site, y: torch.Tensor, x: torch.Tensor, tiles: _Tiles) -> None:
+    def linear(self, site: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """F.linear(x, weight, bias) (rows, sum(out_features)) with the adapters' outputs."""
+        tiles, where = self._tiles(site), self.sites[site]
+        if tiles is None:
+            return F.linear(x, weight, bias)
+        work = self._work(where, tiles)
+        return self._kernels.linear(x, weight, bias, self.bank.arena, work, where.out_features, self._stream)
+
+    def _tiles(self, site: int) -> _Tiles | None:
+        """Those of the rows that reach the site; None when no adapter acts on them there."""
+        acts = self.bank.entries(site) if self._fixed is None else self.sites[site].kind in self._fixed
+        return (self._head if site in self.head_sites else self._body) if acts else None
+
+    def _work(self, site: Site, tiles: _Tiles) -> Work:
         bank, members = self.bank, len(site.members)
-        segmented_lora_(
-            y,
-            x,
-            bank.arena,
-            bank.table[site.index, :, :members],
-            bank.scales[site.index, :, :members],
-            tiles.table,
-            site.out_features,
-            tiles.block_m,
-            self.max_rank,
-        )
+        table, scales = bank.table[site.index, :, :members], bank.scales[site.index, :, :members]
+        return self._kernels.Work(table, scales, tiles.table, tiles.block_m, self.max_rank)
 
 
 @dataclass(frozen=True, slots=True)
