@@ -244,7 +244,7 @@ def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
 CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
     ("SHRINK", 4): options("BLOCK_K", (16, 128, 2, 4, 256), (8, 128, 2, 4, 256), (32, 128, 2, 4, 256)),
     ("SHRINK", 64): options("BLOCK_K", (32, 64, 4, 4, 2048), (64, 64, 4, 4, 1024), (64, 128, 4, 3, 2048)),
-    ("EXPAND", 4): [lora_triton.EXPAND[4] | {"BLOCK_N": 1024, "FEW_R": 8}],
+    ("EXPAND", 4): [lora_triton.EXPAND[4] | {"BLOCK_N": 1024}],
     ("EXPAND", 64): [lora_triton.EXPAND[64] | {"BLOCK_N": 512, "num_warps": 2}],
 }
 

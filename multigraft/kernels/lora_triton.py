@@ -23,27 +23,25 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_SPLITS = 8
-FEW_RANKS = 16
-"""Up to this rank, expand multiplies and adds without tensor cores."""
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
-# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. FEW_R: ranks at a time where they are
-# few; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the warps load at once, so that a thread holds
-# all the ranks of its columns (else the sum over ranks goes through shared memory, and takes three times as long).
+# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores.
+# Tiles of 4 rows are expanded without those; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the
+# warps load at once, so that a thread holds all the ranks of its columns (else the sum over ranks goes through shared
+# memory, and takes three times as long).
 SHRINK = {
     4: {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
     64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    4: {"BLOCK_R": 16, "BLOCK_N": 2048, "DOT_N": 128, "FEW_R": 4, "num_warps": 4, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "FEW_R": 8, "num_warps": 4, "num_stages": 1},
+    4: {"BLOCK_R": 4, "BLOCK_N": 2048, "num_warps": 4, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "num_warps": 4, "num_stages": 1},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -159,7 +157,7 @@ def _four_rows(
     y, h, w, rank, scale, rows, offs_n, in_n, width, split_stride, h_stride, y_stride,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y[:4] += scale * h[:4] W by multiplying and adding: for few ranks a tensor core's operands cost more to lay out
+    """y[:4] += scale * h[:4] W by multiplying and adding: for few rows a tensor core's operands cost more to lay out
     than the products. Of `rows` (1 to 4) rows; each has an accumulator of its own, so that W is read once."""
     nth = tl.zeros_like(offs_n)
     n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
@@ -197,8 +195,7 @@ def _four_rows(
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_N: tl.constexpr,
-    FEW_RANKS: tl.constexpr, FEW_R: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
@@ -216,14 +213,12 @@ def _expand_kernel(
         return
     h += first_row * h_stride + first
     y += first_row * y_stride + left
-    if (BLOCK_M <= 4) | (rank <= FEW_RANKS):
+    if BLOCK_M == 4:
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = offs_n < width
-        for m in range(0, rows, 4):
-            _four_rows(
-                y + m * y_stride, h + m * h_stride, w, rank, scale, rows - m, offs_n, in_n, width,
-                split_stride, h_stride, y_stride, SPLITS, FEW_R, BLOCK_N,
-            )  # fmt: skip
+        _four_rows(
+            y, h, w, rank, scale, rows, offs_n, offs_n < width, width,
+            split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
     else:
         offs_m = tl.arange(0, BLOCK_M)
         for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
@@ -350,7 +345,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, si
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
         WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
-        BLOCK_M=work.block_m, FEW_RANKS=FEW_RANKS, **options, **_overlap(y.device),
+        BLOCK_M=work.block_m, **options, **_overlap(y.device),
     )  # fmt: skip
 
 
@@ -374,26 +369,6 @@ def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, o
     assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
     h = shrink(x, arena, work, "a", [x.shape[1]])
     expand(y, h, arena, work, "b", out_features)
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    arena: torch.Tensor,
-    work: Work,
-    out_features: Sequence[int],
-    beside: torch.cuda.Stream,
-) -> torch.Tensor:
-    """F.linear(x, weight, bias) (T, sum(out)) with the adapters' outputs; shrink runs beside the base product."""
-    here = torch.cuda.current_stream(x.device)
-    beside.wait_stream(here)
-    y = F.linear(x, weight, bias)
-    with torch.cuda.stream(beside):
-        h = shrink(x, arena, work, "a", [x.shape[1]])
-    here.wait_stream(beside)
-    expand(y, h, arena, work, "b", out_features)
-    return y
 
 
 def backward(

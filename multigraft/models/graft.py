@@ -45,18 +45,6 @@ def _graft_op(y: torch.Tensor, x: torch.Tensor | None, handle: int, site: torch.
     handles.lookup(handle).add(int(site), y, y if x is None else x)
 
 
-@torch.library.custom_op("multigraft::grafted_linear", mutates_args=())
-def _linear_op(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, handle: int, site: torch.Tensor
-) -> torch.Tensor:
-    return handles.lookup(handle).linear(int(site), x, weight, bias)
-
-
-@_linear_op.register_fake
-def _(x, weight, bias, handle, site):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
 class GraftPoint:
     """Links a site of the tree to the engine's grafts; does nothing, at no cost, in a step without adapters."""
 
@@ -65,15 +53,6 @@ class GraftPoint:
         self.site_tensor = torch.tensor(site.index)  # an int would be compiled in, and each layer compiled anew
         self.grafts = grafts
         self.handle = handle
-
-    def linear(self, siblings: SiblingLinears, x: torch.Tensor) -> torch.Tensor:
-        """Base and adapters (..., sum(out_features)) for x (..., in)."""
-        if self.grafts.active and x.is_cuda:
-            y = _linear_op(x.flatten(0, -2), siblings.weight, siblings.bias, self.handle, self.site_tensor)
-            return y.view(*x.shape[:-1], y.shape[-1])
-        y = siblings.base(x)
-        self.add(y, x)
-        return y
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """As Grafts.add, with further dimensions before the last."""
@@ -120,7 +99,8 @@ class SiblingLinears(nn.Module):
     def part(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Output of one member for x (..., in)."""
         if self._input is not x:
-            y = self.point.linear(self, x)
+            y = self.base(x)
+            self.point.add(y, x)
             if len(self.out_features) == 1:
                 return y
             self._input, self._parts = x, list(y.split(self.out_features, dim=-1))

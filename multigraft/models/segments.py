@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
@@ -158,7 +157,6 @@ class CudaGrafts:
         self._head: _Tiles | None = None
         self._fixed: frozenset[SiteKind] | None = None
         self._kinds: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
-        self._stream = torch.cuda.Stream(bank.device)
         self._kernels = lora_triton
 
     def kinds(self, slots: Iterable[int]) -> frozenset[SiteKind] | None:
@@ -214,14 +212,6 @@ class CudaGrafts:
             add_embedding(self.bank, site, y, x, tiles.segments)
         else:
             self._kernels.forward(y, x, self.bank.arena, self._work(where, tiles), where.out_features)
-
-    def linear(self, site: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """F.linear(x, weight, bias) (rows, sum(out_features)) with the adapters' outputs."""
-        tiles, where = self._tiles(site), self.sites[site]
-        if tiles is None:
-            return F.linear(x, weight, bias)
-        work = self._work(where, tiles)
-        return self._kernels.linear(x, weight, bias, self.bank.arena, work, where.out_features, self._stream)
 
     def _tiles(self, site: int) -> _Tiles | None:
         """Those of the rows that reach the site; None when no adapter acts on them there."""
