@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,6 +160,11 @@ class Bank:
         del self._factors[slot]
         self.version += 1
         self._generation[slot] = self.version
+
+    def sites_of(self, slot: int) -> Collection[int]:
+        """Where the slot's adapter acts; nowhere when the slot is empty."""
+        tenant = self._tenants.get(slot)
+        return tenant.sites if tenant else ()
 
     def entries(self, site: int) -> dict[int, SiteBlock]:
         """Slot -> where its factors for the site lie, offsets absolute; without the slots that do not act there."""

@@ -12,6 +12,7 @@ import torch
 
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.kvcache.tensors import PagedKV
+from multigraft.kvcache.transfer import upload
 
 WORKSPACE_BYTES = 256 * 2**20
 """FlashInfer's buffer for split-KV partial results; twice its recommendation, for 256 long rows."""
@@ -71,12 +72,15 @@ class FlashInferBackend:
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=kv.k.device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
         self._planned: set[tuple[Any, ...]] = set()
+        self._plans_copied = torch.cuda.Event()
+        self._filled_at = 2 * torch.cuda.get_device_properties(kv.k.device).multi_processor_count
         self._fixed: FixedPages | None = None
         self._prefill: _Part | None = None
         self._decode: _Part | None = None
         self._rows = torch.empty(0, dtype=torch.long)
 
     def begin(self, batch: Batch) -> None:
+        self._plans_copied.synchronize()  # a wrapper keeps its plan in one pinned buffer, and the host may be ahead
         prefill = [s for s in batch.spans if s.phase is not Phase.DECODE]
         decode = [s for s in batch.spans if s.phase is Phase.DECODE]
         p = self.kv.page_size
@@ -136,7 +140,8 @@ class FlashInferBackend:
         self._planned.add(key)
         num_heads, scaling, window, softcap = maths
         _, _, page_size, num_kv_heads, head_dim = self.kv.k.shape
-        tables = (part.page_indptr, part.pages.to(self.kv.k.device), part.last_page_len)
+        pages = part.pages if part.pages.is_cuda else upload(part.pages, self.kv.k.device)
+        tables = (part.page_indptr, pages, part.last_page_len)
         common = {
             "sm_scale": scaling,
             "window_left": window - 1 if window else -1,
@@ -148,7 +153,11 @@ class FlashInferBackend:
         if kind == "prefill":
             wrapper.plan(part.row_indptr, *tables, *sizes, causal=True, **common)
         else:
-            wrapper.plan(*tables, *sizes, **common)
+            # As FlashInfer decides by itself outside of graphs; there it would always split sequences, and merge.
+            fills = len(part.last_page_len) * num_kv_heads >= self._filled_at
+            wrapper.plan(*tables, *sizes, disable_split_kv=fills, **common)
+        if kind in ("prefill", "decode"):
+            self._plans_copied.record()
         return wrapper
 
     def _make_wrapper(self, kind: str | int) -> Any:

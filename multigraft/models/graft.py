@@ -7,6 +7,7 @@ adapter operation, serves all of them. A module of the tree is replaced by a `Gr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Protocol
 
 import torch
@@ -31,13 +32,17 @@ class Grafts(Protocol):
     """Whether any row of this step is adapted."""
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place."""
+        """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place.
+
+        x may be y.
+        """
         ...
 
 
 @torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
-def _graft_op(y: torch.Tensor, x: torch.Tensor, handle: int, site: torch.Tensor) -> None:
-    handles.lookup(handle).add(int(site), y, x)
+def _graft_op(y: torch.Tensor, x: torch.Tensor | None, handle: int, site: torch.Tensor) -> None:
+    """x None: y itself, which a compiled graph takes once only, as it is changed."""
+    handles.lookup(handle).add(int(site), y, y if x is None else x)
 
 
 class GraftPoint:
@@ -50,13 +55,15 @@ class GraftPoint:
         self.handle = handle
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """As Grafts.add, with further dimensions before the last."""
         if not self.grafts.active:
             return
-        y, x = y.flatten(0, -2), (x.flatten(0, -2) if x.is_floating_point() else x.flatten())
+        rows = None if x is y else x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+        y = y.flatten(0, -2)
         if torch.compiler.is_compiling():
-            _graft_op(y, x, self.handle, self.site_tensor)
+            _graft_op(y, rows, self.handle, self.site_tensor)
         else:
-            self.grafts.add(self.site, y, x)
+            self.grafts.add(self.site, y, y if rows is None else rows)
 
 
 class SiblingLinears(nn.Module):
@@ -160,13 +167,16 @@ class GraftedEmbedding(nn.Module):
 
 def _graft_residual(layer: nn.Module, point: GraftPoint) -> None:
     """Let the adapters act on the layer's output, a tensor or a tuple that begins with it, in place."""
+    object.__setattr__(layer, "graft_point", point)
+    layer.forward = MethodType(_forward_grafted, layer)
 
-    def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        # A compiled graph takes no input that is another view of what it changes.
-        point.add(hidden, hidden.clone() if torch.compiler.is_compiling() else hidden)
 
-    layer.register_forward_hook(hook)
+def _forward_grafted(layer: nn.Module, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Not a hook: those run outside of a compiled layer, where torch.compile goes on to look into what they call."""
+    output = type(layer).forward(layer, *args, **kwargs)
+    hidden = output[0] if isinstance(output, tuple) else output
+    layer.graft_point.add(hidden, hidden)  # type: ignore[operator, union-attr]
+    return output
 
 
 def _packs(weight: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from multigraft.kernels import packed
 from multigraft.models import segments
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
-from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
+from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
 
 NUM_TOKENS = 10
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -46,7 +46,7 @@ class World:
 
     def engine(self, scope: str = "prefill", **settings: Any) -> Engine:
         defaults = {
-            "device": "cpu",
+            "device": DEVICE,
             "max_loras": 4,
             "kv_cache_gib": 0.01,
             "adapter_memory_gib": 0.02,
@@ -147,7 +147,9 @@ def test_rule_3_64_users_of_64_adapters_decode_together_over_4_slots(llama: Worl
     rng = random.Random(7)
     prompts = [prompt_of(rng, rng.randint(3, 12)) for _ in adapters]
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-    with Engine(str(llama.checkpoint), device="cpu", max_loras=4, kv_cache_gib=0.05, adapter_memory_gib=0.01) as engine:
+    with Engine(
+        str(llama.checkpoint), device=DEVICE, max_loras=4, kv_cache_gib=0.05, adapter_memory_gib=0.01
+    ) as engine:
         for name, path in adapters.items():
             engine.load_adapter(name, str(path), scope="prefill")
         parts = engine._engine.parts
