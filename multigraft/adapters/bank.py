@@ -9,7 +9,7 @@ import torch
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.kernels.lora import NO_OFFSET
-from multigraft.kernels.packed import Factors
+from multigraft.kernels.lora_gemm import Factors
 
 from .plan import ALIGN
 from .site import PackedAdapter, Site, SiteBlock

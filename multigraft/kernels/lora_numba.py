@@ -59,12 +59,12 @@ def add_tiles(
         table.data_ptr(), table.stride(0), scales.data_ptr(), scales.stride(0),
         tiles.ctypes.data, len(tiles), h.ctypes.data, max_rank, x.shape[1], len(out_features), tuple(out_features),
     )  # fmt: skip
-    kernels = _kernels(x.dtype)
+    kernels = compiled(x.dtype)
     run_on_team(kernels.shrink, arguments)
     run_on_team(kernels.expand, arguments)
 
 
-class _Kernels(NamedTuple):
+class Kernels(NamedTuple):
     shrink: int
     expand: int
     keep: tuple[Any, ...]
@@ -72,9 +72,9 @@ class _Kernels(NamedTuple):
 
 
 @cache
-def _kernels(dtype: torch.dtype) -> _Kernels:
+def compiled(dtype: torch.dtype) -> Kernels:
     shrink, expand = _compile(half={torch.bfloat16: True, torch.float32: False}[dtype])
-    return _Kernels(shrink.address, expand.address, (shrink, expand))
+    return Kernels(shrink.address, expand.address, (shrink, expand))
 
 
 @inlined

@@ -15,7 +15,7 @@ from multigraft import Engine, SamplingParams
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.request import AdapterRef, Request, Scope
-from multigraft.kernels import packed
+from multigraft.kernels import lora_numba
 from multigraft.models import segments
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
@@ -231,8 +231,7 @@ def test_rule_6_pure_decode_calls_no_adapter_code(llama: World, jobs, monkeypatc
 
     for where, name in (
         (segments.CpuGrafts, "add"),
-        (packed.RankPack, "add"),
-        (packed.RankPack, "build"),
+        (lora_numba, "run_on_team"),
         (segments, "add_segment"),
         (segments, "add_embedding"),
     ):
