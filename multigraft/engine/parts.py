@@ -96,7 +96,8 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     )
     graft.graft(model, sites, grafts)
     kv = _allocate_kv(config, loaded)
-    backend = backends.choose(config.model.attention_backend, kv)
+    num_heads = model.config.get_text_config().num_attention_heads
+    backend = backends.choose(config.model.attention_backend, kv, num_heads)
     attention.attach(model, backend)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
     if config.model.compile or on_graphs:

@@ -12,9 +12,11 @@ from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.sdpa import SdpaBackend
 
 
-def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV) -> AttentionBackend:
-    """auto: FlashInfer on CUDA in half precision when it is installed, else SDPA. ModelNotSupported when the named
-    one cannot run."""
+def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV, num_heads: int) -> AttentionBackend:
+    """auto: FlashInfer on CUDA in half precision when it is installed, the CPU's own on the CPU, else SDPA.
+
+    num_heads: query heads. ModelNotSupported when the named one cannot run.
+    """
     installed = importlib.util.find_spec("flashinfer") is not None
     fits = kv.k.is_cuda and kv.k.element_size() == 2
     if name == "flashinfer" and not (installed and fits):
@@ -22,4 +24,8 @@ def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV) -> Attentio
         raise ModelNotSupported(f"Attention backend flashinfer cannot run: {cause}. Choose sdpa or auto.")
     if name == "flashinfer" or (name == "auto" and installed and fits):
         return FlashInferBackend(kv)
+    if name == "auto" and kv.k.device.type == "cpu":
+        from multigraft.models.cpu_attention import CpuBackend  # here, as CUDA needs no Numba
+
+        return CpuBackend(kv, num_heads)
     return SdpaBackend(kv)
