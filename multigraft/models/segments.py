@@ -11,7 +11,7 @@ import torch
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora import segmented_lora_
-from multigraft.kernels.lora_gemm import WIDE_ROWS, add_equal_segments, add_segment
+from multigraft.kernels.lora_gemm import add_equal_segments, add_segment, is_wide
 from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, cut_tiles
 from multigraft.kvcache.transfer import upload
 
@@ -26,14 +26,13 @@ class _Rows:
 
     def __init__(self, row_slot: np.ndarray, bank: Bank):
         self.segments = cut_segments(row_slot)
-        wide = [s for s in self.segments if s[1] - s[0] >= WIDE_ROWS]
+        wide = [s for s in self.segments if is_wide(s[1] - s[0], bank.max_rank(s[2]))]
         self.wide = _equal_runs(wide)
         narrow_slot = row_slot.copy()
         for start, stop, _ in wide:
             narrow_slot[start:stop] = NO_SLOT
         self.tiles = cut_tiles(narrow_slot, DECODE_ROWS)
-        ranks = bank.table[:, np.unique(self.tiles[:, 2]), :, 2]
-        self.max_rank = int(ranks.max()) if len(self.tiles) else 0
+        self.max_rank = max((bank.max_rank(slot) for slot in set(self.tiles[:, 2].tolist())), default=0)
 
 
 class CpuGrafts:
