@@ -28,7 +28,7 @@ from multigraft.models.cuda_graphs import DecodeGraphs
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.runner import Runner
-from multigraft.models.segments import CpuGrafts, CudaGrafts
+from multigraft.models.segments import CudaGrafts
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
 
@@ -89,11 +89,13 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         device=loaded.device,
     )
     head = _head_path(model)
-    grafts = (
-        CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
-        if loaded.device.type == "cuda"
-        else CpuGrafts(sites, bank, head)
-    )
+    grafts: CudaGrafts | CpuGrafts
+    if loaded.device.type == "cuda":
+        grafts = CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
+    else:
+        from multigraft.models.cpu_grafts import CpuGrafts  # here, as CUDA needs no Numba
+
+        grafts = CpuGrafts(sites, bank, head)
     graft.graft(model, sites, grafts)
     kv = _allocate_kv(config, loaded)
     num_heads = model.config.get_text_config().num_attention_heads

@@ -21,6 +21,7 @@ from numba import carray
 
 from .jit import add_rows, float_at, inlined, int32_at, int64_at, kernel, load, next_unit, size_of, store
 from .openmp import run_on_team
+from .tiles import DECODE_ROWS, cut_tiles
 
 RANKS = 8
 COLUMNS = 512
@@ -38,30 +39,55 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def add_tiles(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    arena: torch.Tensor,
-    table: torch.Tensor,
-    scales: torch.Tensor,
-    tiles: np.ndarray,
-    out_features: Sequence[int],
-    max_rank: int,
-) -> None:
-    """y (T, sum(out_features)) += the adapters' outputs, in place; y may be x.
+class Tiles:
+    """Which rows of a step use which slots, and the workspace of the sites, one after the other."""
 
-    Arguments as in lora.py, all bf16 or all float32; sums are float32 and rounded once. tiles: in host memory.
-    """
-    assert x.dtype == y.dtype == arena.dtype and x.stride(1) == y.stride(1) == 1 and len(out_features) <= MAX_MEMBERS
-    h = np.empty((len(x), len(out_features) * max_rank), dtype=np.float32)
-    arguments = _Arguments(
-        0, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), arena.data_ptr(),
-        table.data_ptr(), table.stride(0), scales.data_ptr(), scales.stride(0),
-        tiles.ctypes.data, len(tiles), h.ctypes.data, max_rank, x.shape[1], len(out_features), tuple(out_features),
-    )  # fmt: skip
-    kernels = compiled(x.dtype)
-    run_on_team(kernels.shrink, arguments)
-    run_on_team(kernels.expand, arguments)
+    def __init__(self, row_slot: np.ndarray, max_rank: int):
+        """row_slot: (rows,) slot of each row, negative for none. max_rank: bound on the rank of one member."""
+        self._table = cut_tiles(row_slot, DECODE_ROWS)
+        self._h = np.empty((len(row_slot), MAX_MEMBERS * max_rank), dtype=np.float32)
+        self.table_address, self.h_address = self._table.ctypes.data, self._h.ctypes.data
+        self.num = len(self._table)
+        self.max_rank = max_rank
+
+
+class SiteAdapters:
+    """The operation at one site; arguments as in lora.py, in bf16 or float32. Not thread-safe."""
+
+    def __init__(
+        self,
+        arena: torch.Tensor,
+        table: torch.Tensor,
+        scales: torch.Tensor,
+        in_features: int,
+        out_features: Sequence[int],
+    ):
+        assert len(out_features) <= MAX_MEMBERS, out_features
+        self._kernels = compiled(arena.dtype)
+        self._tensors = arena, table, scales  # kept alive, as their addresses are
+        # Made once: in a step's cold caches Python's part of a call costs as much as the kernels'.
+        self._arguments = _Arguments(
+            arena=arena.data_ptr(),
+            table=table.data_ptr(),
+            table_stride=table.stride(0),
+            scales=scales.data_ptr(),
+            scales_stride=scales.stride(0),
+            in_features=in_features,
+            num_members=len(out_features),
+            out_features=tuple(out_features),
+        )
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
+        """y (T, sum(out_features)) += the adapters' outputs for x (T, in), in place; y may be x.
+
+        Both in the arena's dtype, rows contiguous; sums are float32 and rounded once.
+        """
+        assert x.dtype == y.dtype == self._tensors[0].dtype and x.stride(1) == y.stride(1) == 1
+        a = self._arguments
+        a.x, a.x_stride, a.y, a.y_stride = x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)
+        a.tiles, a.num_tiles, a.h, a.max_rank = tiles.table_address, tiles.num, tiles.h_address, tiles.max_rank
+        run_on_team(self._kernels.shrink, a)
+        run_on_team(self._kernels.expand, a)
 
 
 class Kernels(NamedTuple):

@@ -34,12 +34,12 @@ def run_on_team(kernel: int, arguments: ctypes.Structure) -> None:
     """
     counter = ctypes.c_int64(0)
     arguments.counter = ctypes.addressof(counter)
-    library, threads = _gnu_openmp(), torch.get_num_threads()
-    if library is None or threads == 1:
+    library = _gnu_openmp()
+    if library is None:
         _FUNCTION(kernel)(ctypes.addressof(arguments))
     else:
         # What compilers turn `#pragma omp parallel` into.
-        library.GOMP_parallel(ctypes.c_void_p(kernel), ctypes.byref(arguments), threads, 0)
+        library.GOMP_parallel(ctypes.c_void_p(kernel), ctypes.byref(arguments), torch.get_num_threads(), 0)
 
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -11,83 +11,10 @@ import torch
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora import segmented_lora_
-from multigraft.kernels.lora_gemm import add_equal_segments, add_segment, is_wide
-from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, cut_tiles
+from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 from multigraft.kvcache.transfer import upload
 
 NO_SLOT = -1
-
-
-class _Rows:
-    """Rows of one token axis, cut into wide segments, for GEMMs, and tiles of the narrow ones, for the kernels.
-
-    row_slot: (rows,) device slot of each row, NO_SLOT where nothing acts.
-    """
-
-    def __init__(self, row_slot: np.ndarray, bank: Bank):
-        self.segments = cut_segments(row_slot)
-        wide = [s for s in self.segments if is_wide(s[1] - s[0], bank.max_rank(s[2]))]
-        self.wide = _equal_runs(wide)
-        narrow_slot = row_slot.copy()
-        for start, stop, _ in wide:
-            narrow_slot[start:stop] = NO_SLOT
-        self.tiles = cut_tiles(narrow_slot, DECODE_ROWS)
-        self.max_rank = max((bank.max_rank(slot) for slot in set(self.tiles[:, 2].tolist())), default=0)
-
-
-class CpuGrafts:
-    """Applies the bank's adapters on the CPU; implements models.graft.Grafts."""
-
-    def __init__(self, sites: Sequence[Site], bank: Bank, head: str | None):
-        """head: module path of the output head, which sees the sampled rows only."""
-        from multigraft.kernels import lora_numba  # here, as CUDA needs no Numba
-
-        lora_numba.compiled(bank.arena.dtype)  # so that no request waits for it
-        self._add_tiles = lora_numba.add_tiles
-        self.sites = list(sites)
-        self.bank = bank
-        self.head_sites = {s.index for s in sites if head in s.members}
-        self.active = False
-        # Made once: a view of a tensor costs as much as a site's kernels.
-        self._tables = [
-            (bank.table[s.index, :, : len(s.members)], bank.scales[s.index, :, : len(s.members)]) for s in sites
-        ]
-        self._body: _Rows | None = None
-        self._head: _Rows | None = None
-
-    def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
-        """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
-        self.active = bool((row_slot != NO_SLOT).any())
-        if self.active:
-            self._body = _Rows(row_slot, self.bank)
-            self._head = _Rows(row_slot[head_rows], self.bank)
-
-    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-        rows = self._head if site in self.head_sites else self._body
-        assert rows is not None
-        if not self.bank.entries(site):
-            return
-        where = self.sites[site]
-        if where.kind is SiteKind.EMBEDDING:
-            add_embedding(self.bank, site, y, x, rows.segments)
-            return
-        for run in rows.wide:
-            self._add_wide(site, y, x, run)
-        if len(rows.tiles):
-            table, scales = self._tables[site]
-            self._add_tiles(y, x, self.bank.arena, table, scales, rows.tiles, where.out_features, rows.max_rank)
-
-    def _add_wide(self, site: int, y: torch.Tensor, x: torch.Tensor, run: list[tuple[int, int, int]]) -> None:
-        """Adjacent segments of equal length: together where their adapters have equal ranks and scales."""
-        found = [self.bank.factors(site, slot) for _, _, slot in run]
-        alike = {(f.ranks, f.scales, f.c is None) if f else None for f in found}
-        if len(run) > 1 and len(alike) == 1 and None not in alike:
-            start, stop = run[0][0], run[-1][1]
-            add_equal_segments(y[start:stop], x[start:stop], [f for f in found if f])
-            return
-        for (start, stop, _), factors in zip(run, found, strict=True):
-            if factors is not None:
-                add_segment(y[start:stop], x[start:stop], factors)
 
 
 class CudaGrafts:
@@ -204,18 +131,6 @@ def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
     runs = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True) if a < b]
     return [run for run in runs if run[2] != NO_SLOT]
-
-
-def _equal_runs(segments: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    """Adjacent segments of one length together."""
-    runs: list[list[tuple[int, int, int]]] = []
-    for segment in segments:
-        last = runs[-1][-1] if runs else None
-        if last and last[1] == segment[0] and last[1] - last[0] == segment[1] - segment[0]:
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
-    return runs
 
 
 def add_embedding(

@@ -16,7 +16,7 @@ from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.request import AdapterRef, Request, Scope
 from multigraft.kernels import lora_numba
-from multigraft.models import segments
+from multigraft.models import cpu_grafts
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
 from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
@@ -230,10 +230,10 @@ def test_rule_6_pure_decode_calls_no_adapter_code(llama: World, jobs, monkeypatc
         return count
 
     for where, name in (
-        (segments.CpuGrafts, "add"),
+        (cpu_grafts.CpuGrafts, "add"),
         (lora_numba, "run_on_team"),
-        (segments, "add_segment"),
-        (segments, "add_embedding"),
+        (cpu_grafts, "add_segment"),
+        (cpu_grafts, "add_embedding"),
     ):
         monkeypatch.setattr(where, name, counted(getattr(where, name)))
     seen: dict[bool, list[int]] = {True: [], False: []}

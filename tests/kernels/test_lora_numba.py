@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from multigraft.kernels import openmp
-from multigraft.kernels.lora_numba import add_tiles
-from multigraft.kernels.tiles import DECODE_ROWS
+from multigraft.kernels.lora_numba import SiteAdapters, Tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
@@ -23,8 +23,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def run(case, y: torch.Tensor, x: torch.Tensor) -> None:
-    tiles = case.tiles(DECODE_ROWS, spare=0).numpy()
-    add_tiles(y, x, case.arena, case.table, case.scales, tiles, case.out_features, case.max_rank)
+    row_slot = np.full(len(x), -1)
+    for first, stop, slot in case.segments:
+        row_slot[first:stop] = slot
+    site = SiteAdapters(case.arena, case.table, case.scales, x.shape[1], case.out_features)
+    site.add(y, x, Tiles(row_slot, case.max_rank))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
