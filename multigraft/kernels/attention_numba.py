@@ -15,6 +15,7 @@ import torch
 from numba import carray
 
 from .jit import (
+    VERSION,
     add_rows,
     exp_of_negative,
     float_at,
@@ -77,7 +78,7 @@ def attend_decode(
 @cache
 def compiled(dtype: torch.dtype, head_dim: int, group: int) -> Any:
     """group: query heads of a key head."""
-    return _compile({torch.bfloat16: True, torch.float32: False}[dtype], head_dim, group)
+    return _compile({torch.bfloat16: True, torch.float32: False}[dtype], head_dim, group, VERSION)
 
 
 @inlined
@@ -177,9 +178,10 @@ def _attend_unit(a, row, first_head, scratch, most, dim, group, half):
             store(out, h * dim + d, float_at(sums)[h * dim + d] / float_at(totals)[h], half)
 
 
-def _compile(half: bool, dim: int, group: int):
+def _compile(half: bool, dim: int, group: int, version: int):
     @kernel(_Arguments)
     def attend(arguments):
+        _ = version
         a = carray(arguments, 1)[0]
         most = a.pages_a_row * a.page_size
         scratch = np.empty(a.heads_a_unit * group * (most + dim + 1), dtype=np.float32)

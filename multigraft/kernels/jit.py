@@ -12,7 +12,9 @@ seconds.
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.ir as ir
@@ -23,6 +25,10 @@ from numba.extending import intrinsic
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be reordered, which vectorises them; NaN and infinity keep their meaning."""
+
+VERSION = zlib.crc32(Path(__file__).read_bytes())
+"""Of this file. Kernels mention it as a variable of their factory: Numba's cache watches those and the kernel's own
+file alone, and would go on with what was compiled from an older version of the functions here."""
 
 inlined = njit(forceinline=True, fastmath=_FAST, error_model="numpy")
 

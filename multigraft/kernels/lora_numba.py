@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numba import carray
 
-from .jit import add_rows, float_at, inlined, int32_at, int64_at, kernel, load, next_unit, size_of, store
+from .jit import VERSION, add_rows, float_at, inlined, int32_at, int64_at, kernel, load, next_unit, size_of, store
 from .openmp import run_on_team
 from .tiles import DECODE_ROWS, cut_tiles
 
@@ -99,7 +99,7 @@ class Kernels(NamedTuple):
 
 @cache
 def compiled(dtype: torch.dtype) -> Kernels:
-    shrink, expand = _compile(half={torch.bfloat16: True, torch.float32: False}[dtype])
+    shrink, expand = _compile({torch.bfloat16: True, torch.float32: False}[dtype], VERSION)
     return Kernels(shrink.address, expand.address, (shrink, expand))
 
 
@@ -181,9 +181,10 @@ def _blocks(width):
     return (width + COLUMNS - 1) // COLUMNS
 
 
-def _compile(half: bool):
+def _compile(half: bool, version: int):
     @kernel(_Arguments)
     def shrink(arguments):
+        _ = version
         a = carray(arguments, 1)[0]
         units = a.num_tiles * a.num_members * ((a.max_rank + RANKS - 1) // RANKS)
         while True:
@@ -194,6 +195,7 @@ def _compile(half: bool):
 
     @kernel(_Arguments)
     def expand(arguments):
+        _ = version
         a = carray(arguments, 1)[0]
         acc = np.empty(COLUMNS, dtype=np.float32)
         blocks = 0
