@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-import tarfile
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ async def local(config: EngineConfig) -> AsyncIterator[Trainer]:
 
     engine = await AsyncEngine.start(config)
     try:
+        await engine.open_training()
         if engine.training is None:
             raise InvalidRequest("Fine-tuning is off: --max-training-jobs must be at least 1.")
         yield _Local(engine.training)
@@ -125,11 +126,10 @@ class _Remote:
 
         path = f"/fine_tuning/jobs/{job_id}/adapter"
         reply = await self._client.get(path, cast_to=HttpxBinaryResponseContent)
-        with tarfile.open(fileobj=io.BytesIO(reply.content)) as archive:
+        with zipfile.ZipFile(io.BytesIO(reply.content)) as archive:
             folder.mkdir(parents=True)
-            for member in archive.getmembers():
-                member.name = Path(member.name).name
-                archive.extract(member, folder, filter="data")
+            for name in archive.namelist():
+                (folder / Path(name).name).write_bytes(archive.read(name))
 
 
 def _as_job(job: Any) -> FineTuneJob:

@@ -72,6 +72,10 @@ class _Out:
     error: BaseException | None
 
 
+class _EngineGone(Exception):
+    """The engine has ended by itself. The next process goes on from the last checkpoint."""
+
+
 class JobRun:
     """A job that has not ended. `row` is what is stored of it."""
 
@@ -154,6 +158,8 @@ class JobRun:
                 inputs = None  # read again at its turn, rather than kept for as long as the queue is
             async with self._shared.turns:
                 await self._train(inputs or await self._read())
+        except _EngineGone:
+            log.error("job %s waits for the next start, the engine has stopped", self.id)
         except Exception as error:
             await self._fail(error)
 
@@ -240,8 +246,10 @@ class JobRun:
                             done = True
                         case _Told(event, snapshot):
                             await self._checkpoint(event.step, event.data, snapshot)
-                        case _Out(None):
+                        case _Out(None) if done or halt is not None:
                             return None if done else halt
+                        case _Out(None):
+                            raise _EngineGone
                         case _Out(error):
                             raise error
 

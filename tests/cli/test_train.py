@@ -1,6 +1,7 @@
 """`multigraft train` in process and against a server on a socket; the jobs are real ones on a tiny model."""
 
 import asyncio
+import contextlib
 import json
 import sys
 import threading
@@ -37,11 +38,13 @@ class TrainingEngine(FakeEngine):
     async def start(cls, config):
         engine = cls()
         engine.config = config
-        engine.plain = PlainEngine()
-        engine.plain.model_name = cls.model_name
-        engine.training = await TrainingManager.open(engine.plain, config.training, config.data_dir)
         started.append(engine)
         return engine
+
+    async def open_training(self):
+        self.plain = PlainEngine()
+        self.plain.model_name = self.model_name
+        self.training = await TrainingManager.open(self.plain, self.config.training, self.config.data_dir)
 
     async def shutdown(self, grace_s):
         await self.training.close()
@@ -74,16 +77,15 @@ def server(tmp_path):
 
     async def run():
         engine = await TrainingEngine.start(EngineConfig(model=ModelConfig(model="m"), data_dir=tmp_path / "server"))
+        await engine.open_training()
         config = ServerConfig(port=0, api_key=("secret",))
         await serve(engine, config, on_ready=lambda url: (urls.append(url), ready.set()))
 
     def main():
         task = loop.create_task(run())
         stop.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             loop.run_until_complete(task)
-        except asyncio.CancelledError:
-            pass
 
     stop = []
     thread = threading.Thread(target=main)
@@ -167,6 +169,7 @@ def test_a_job_that_fails(train, tmp_path):
 def test_a_job_of_an_earlier_process_goes_on(train, data, tmp_path):
     async def leave_unfinished():
         engine = await TrainingEngine.start(EngineConfig(model=ModelConfig(model="m"), data_dir=tmp_path / "state"))
+        await engine.open_training()
         engine.plain.delay = 0.02
         upload = await engine.training.upload()
         await upload.write(data.read_bytes())

@@ -194,6 +194,21 @@ async def test_a_restart_goes_on(engine, tmp_path):
         assert manager.stats().jobs == {JobStatus.SUCCEEDED: 3}
 
 
+async def test_an_engine_that_dies(engine, tmp_path):
+    engine.delay = 0.01
+    async with opened(engine, tmp_path) as manager:
+        job = await create(manager, await add_file(manager), n_epochs=5, checkpoint_steps=2)
+        while not (await manager.checkpoints(job.id)).data:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(engine.close)
+        await asyncio.sleep(0.1)
+        assert (await manager.job(job.id)).status is JobStatus.RUNNING
+    other = PlainEngine()
+    async with opened(other, tmp_path) as manager:
+        assert (await until(manager, job, JobStatus.SUCCEEDED)).step == 10
+    other.close()
+
+
 async def test_what_no_process_may_share(engine, tmp_path):
     async with opened(engine, tmp_path):
         with pytest.raises(InvalidRequest, match="--data-dir"):
