@@ -24,14 +24,13 @@ from . import records
 from .engine import Snapshot, TrainingEngine, off_loop, restore
 from .inputs import Inputs, read_inputs, settled
 from .job import Event, EventKind, TrainingJob
+from .pace import Pace
 from .store import CheckpointRow, EventRow, FileRow, JobRow, TrainingStore, new_id
 from .trackers import Trackers
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 10.0
-PACE_MEMORY = 0.9
-"""Weight of the past in the running mean of a job's seconds per step."""
 
 
 @dataclass(slots=True)
@@ -91,8 +90,7 @@ class JobRun:
         """While it has a turn."""
         self._task: asyncio.Task[None] | None = None
         self._commands = asyncio.Lock()
-        self._seconds_per_step: float | None = None
-        self._last_step = time.monotonic()
+        self._pace = Pace()
 
     @property
     def id(self) -> str:
@@ -104,10 +102,10 @@ class JobRun:
 
     @property
     def view(self) -> FineTuneJob:
-        finish = None
-        if self.status is JobStatus.RUNNING and self._seconds_per_step is not None and self.row.total_steps:
-            finish = int(time.time() + (self.row.total_steps - self.row.step) * self._seconds_per_step)
-        return records.as_job(self.row, finish)
+        seconds = None
+        if self.status is JobStatus.RUNNING and self.row.total_steps is not None:
+            seconds = self._pace.seconds_for(self.row.total_steps - self.row.step)
+        return records.as_job(self.row, None if seconds is None else int(time.time() + seconds))
 
     # Commands --------------------------------------------------------------------------------------------------
 
@@ -199,13 +197,17 @@ class JobRun:
         last = self._store.last_checkpoint(self.id)
         if last is not None:
             restore(job, self._store.checkpoint_folder(last))
-        self.row = replace(self.row, step=job.step, trained_tokens=job.trained_tokens)
         return job
 
     async def _start(self, job: TrainingJob) -> Future[None]:
         assert self._inbox is not None
-        await self._update(self.event("Fine-tuning job started"), status=JobStatus.RUNNING.value)
-        self._last_step = time.monotonic()
+        await self._update(
+            self.event("Fine-tuning job started"),
+            status=JobStatus.RUNNING.value,
+            step=job.step,
+            trained_tokens=job.trained_tokens,
+        )
+        self._pace = Pace()
         deliver = _deliverer(self._inbox)
 
         def tell(event: Event) -> None:
@@ -256,33 +258,23 @@ class JobRun:
     async def _record(self, events: list[Event], trackers: Trackers) -> None:
         """Metrics of steps and validations."""
         rows = []
-        tokens = 0
+        num_steps = tokens = 0
         for event in events:
-            metrics = dict(event.data)
-            if "train_loss" in metrics:
-                tokens += int(metrics["tokens"])
-                self._shared.steps += 1
-            self.metrics |= metrics
-            data = {"step": event.step, "total_steps": self.row.total_steps, **metrics}
+            if "train_loss" in event.data:
+                num_steps += 1
+                tokens += int(event.data["tokens"])
+            self.metrics |= event.data
+            data = {"step": event.step, "total_steps": self.row.total_steps, **event.data}
             rows.append(self.event(_describe(data), data=data))
         self._shared.trained_tokens += tokens
-        self._keep_pace(events[-1].step - self.row.step, tokens)
+        if num_steps:
+            self._shared.steps += num_steps
+            self.metrics |= self._pace.observe(num_steps, tokens)
         await self._update(*rows, step=events[-1].step, trained_tokens=self.row.trained_tokens + tokens)
-        for event in events:
-            await asyncio.to_thread(trackers.log, event.step, event.data)
+        await asyncio.to_thread(trackers.log, events)
         if trackers.failure is not None:
             message, trackers.failure = trackers.failure, None
             await self._update(self.event(message, "warn"))
-
-    def _keep_pace(self, num_steps: int, tokens: int) -> None:
-        """The time of validations counts for the steps after them."""
-        if num_steps:
-            now = time.monotonic()
-            seconds = max((now - self._last_step) / num_steps, 1e-6)
-            past = self._seconds_per_step or seconds
-            self._seconds_per_step = PACE_MEMORY * past + (1 - PACE_MEMORY) * seconds
-            self._last_step = now
-            self.metrics |= {"step_seconds": seconds, "tokens_per_second": tokens / num_steps / seconds}
 
     async def _checkpoint(self, step: int, metrics: Mapping[str, float], snapshot: Snapshot) -> None:
         last = await asyncio.to_thread(self._store.last_checkpoint, self.id)

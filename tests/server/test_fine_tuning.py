@@ -60,6 +60,7 @@ async def until(openai, job, *statuses):
             await asyncio.sleep(0.01)
 
 
+JSON = {"Content-Type": "application/json"}
 SMALL = {"n_epochs": 2, "batch_size": 4}
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": SMALL}}
 
@@ -273,6 +274,7 @@ async def test_over_long_samples_are_reported(openai):
         ({"model": None}, 400, "model", "Field required"),
         ({"training_file": "file-none"}, 404, None, "no file 'file-none'"),
         ({"validation_file": "file-none"}, 404, None, "no file 'file-none'"),
+        ({"training_file": "\ud800"}, 400, "file", "not valid Unicode"),
         ({"suffix": "a:b"}, 400, "suffix", "'a:b'"),
         ({"suffix": "a" * 65}, 400, "suffix", "64"),
         ({"seed": -1}, 400, "seed", "-1"),
@@ -295,7 +297,7 @@ async def test_over_long_samples_are_reported(openai):
 async def test_bad_jobs_are_refused_at_once(openai, http, fields, status, param, words):
     file = await upload(openai, chats(1))
     body = {"model": "base", "training_file": file.id} | fields
-    response = await http.post("/v1/fine_tuning/jobs", json=body)
+    response = await http.post("/v1/fine_tuning/jobs", content=json.dumps(body), headers=JSON)
     error = response.json()["error"]
     assert response.status_code == status
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
