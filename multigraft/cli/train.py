@@ -196,6 +196,7 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _after_interrupt(job: FineTuneJob, flags: JobFlags) -> str:
-    where = f" --server {flags.server}" if flags.server is not None else ""
-    goes_on = "The job goes on there" if flags.server is not None else "The job keeps its last step"
-    return f"{goes_on}; back to it: multigraft train {flags.model} --follow {job.id}{where}"
+    back = f"multigraft train {flags.model} --follow {job.id}"
+    if flags.server is not None:
+        return f"The job goes on there; to see it again: {back} --server {flags.server}"
+    return f"The job keeps its last step; to go on, with the same flags for the model and --data-dir: {back}"
