@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -71,6 +72,19 @@ class _InFlight:
     launched: Launched | None
 
 
+class StepObserver(Protocol):
+    """Hears of every step, on the engine's thread."""
+
+    def scheduled(self, batch: Batch) -> None:
+        """What was decided, before it runs; also without spans."""
+        ...
+
+    def ran(self, batch: Batch, seconds: float) -> None:
+        """Its results are in. seconds: of the turn of the loop that took them in, from schedule() to schedule(); while
+        there is work, these add up to the time that has passed."""
+        ...
+
+
 @dataclass(slots=True)
 class Counters:
     prompt_tokens: int = 0
@@ -92,6 +106,7 @@ class EngineCore:
         self.scheduler = parts.scheduler
         self.step_end = step_end
         self.trainer = parts.trainer
+        self.observer: StepObserver | None = None
         self.counters = Counters()
         self._clock = StepClock(parts.loaded.device, self.scheduler.training.observe)
         self.error: BaseException | None = None
@@ -102,6 +117,9 @@ class EngineCore:
         self._copies: list[tuple[AdapterMove, object]] = []
         self._in_flight: _InFlight | None = None
         """On a GPU: the step that runs while the host schedules the next one."""
+        self._collected: Batch | None = None
+        """In this turn of the loop."""
+        self._turn_began = 0.0
         self._failures = 0
         self._emitted = False
         self._thread = threading.Thread(target=self._run, name="multigraft-engine", daemon=True)
@@ -174,7 +192,10 @@ class EngineCore:
                 while self._inbox:
                     self._inbox.popleft()()
                 self._finish_copies()
+                self._end_turn()
                 batch = self.scheduler.schedule(self.trainer.work())
+                if self.observer is not None:
+                    self.observer.scheduled(batch)
                 for move in batch.loads:
                     self._start_load(move)
                 if batch or batch.train is not None or self._in_flight is not None:
@@ -191,6 +212,12 @@ class EngineCore:
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=ShuttingDown("The engine has stopped."))
             self._flush()
+
+    def _end_turn(self) -> None:
+        now, batch = time.monotonic(), self._collected
+        if self.observer is not None and batch is not None:
+            self.observer.ran(batch, now - self._turn_began)
+        self._turn_began, self._collected = now, None
 
     def _flush(self) -> None:
         if self._emitted and self.step_end is not None:
@@ -290,6 +317,7 @@ class EngineCore:
     def _collect(self, step: _InFlight, committed: bool) -> None:
         """Hand a step's results out. committed: the scheduler has it, with PENDING tokens."""
         parts, output = self.parts, step.output
+        self._collected = step.batch
         results: list[Sampled | InvalidLogits] = []
         if step.launched is not None:
             results = parts.sampler.collect(step.launched)

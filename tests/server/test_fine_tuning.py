@@ -160,11 +160,16 @@ async def test_the_adapter_downloads_as_a_folder_for_peft(openai, http, training
     assert training.plain.published[done.fine_tuned_model].is_dir()
 
 
-async def test_cancel(openai, training):
+async def test_cancel(openai, http, training):
     training.plain.delay = 0.02
     file = await upload(openai, chats(8))
     job = await create(openai, file, hyperparameters={"n_epochs": 100})
-    await until(openai, job, "running")
+    while (await until(openai, job, "running")).step < 2:
+        await asyncio.sleep(0.01)
+    metrics = (await http.get("/metrics")).text
+    for name in ("loss", "token_accuracy", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second"):
+        assert f'multigraft:training_{name}{{job="{job.id}",model_name="base"}}' in metrics
+    assert 'multigraft:training_jobs{model_name="base",state="running"} 1.0' in metrics
     cancelled = await openai.fine_tuning.jobs.cancel(job.id)
     assert cancelled.status == "cancelled" and cancelled.finished_at
     assert not training.plain.running

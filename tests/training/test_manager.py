@@ -14,6 +14,7 @@ from multigraft.core.errors import InvalidRequest, StorageFull
 from multigraft.core.training import FINE_TUNE, JobRequest, JobStatus, WandbRun
 from multigraft.training import lifecycle, store
 from multigraft.training.manager import TrainingManager, training_folder
+from multigraft.training.pace import Pace
 from tests.training.plain_engine import PlainEngine
 
 pytestmark = pytest.mark.anyio
@@ -249,6 +250,16 @@ async def test_commands_at_the_same_time(engine, tmp_path):
         results = await asyncio.gather(*(manager.cancel(job.id) for _ in range(3)), return_exceptions=True)
         assert sorted(isinstance(r, InvalidRequest) for r in results) == [False, True, True]
         assert (await messages(manager, job)).count("The job is cancelled") == 1
+
+
+def test_pace_by_hand():
+    times = iter((0.0, 2.0, 6.0))
+    pace = Pace(clock=lambda: next(times))
+    assert pace.seconds_for(5) is None
+    assert pace.observe(1, 10) == {"step_seconds": 2.0, "tokens_per_second": 5.0}
+    assert pace.seconds_for(5) == 10.0
+    assert pace.observe(4, 40) == {"step_seconds": 1.0, "tokens_per_second": 10.0}
+    assert pace.seconds_for(10) == pytest.approx(19.0)
 
 
 class FakeRun:
