@@ -6,12 +6,7 @@ import typer
 
 from multigraft import __version__
 
-<<<<<<< HEAD
-from . import adapters, serve, train
-=======
-from . import adapters, twin
-from .serve import register
->>>>>>> main
+from . import adapters, serve, train, twin
 
 app = typer.Typer(
     name="multigraft",
@@ -21,13 +16,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-<<<<<<< HEAD
 serve.register(app)
 train.register(app)
-=======
-register(app)
 twin.register(app)
->>>>>>> main
 app.add_typer(adapters.app)
 
 

@@ -96,10 +96,7 @@ def _command() -> Any:
 
 
 def flag_parameter(flag: Flag) -> inspect.Parameter:
-<<<<<<< HEAD
     """Of a command's function. MODEL and DATA are told by their place, all else by name."""
-=======
->>>>>>> main
     kind = list[flag.kind] if flag.multiple else flag.kind  # type: ignore[name-defined]
     info: Any
     default = flag.default
