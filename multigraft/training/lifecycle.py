@@ -23,7 +23,7 @@ from multigraft.core.training import ORGANIZATION, RESULTS, FineTuneJob, JobErro
 from . import records
 from .engine import Snapshot, TrainingEngine, off_loop, restore
 from .inputs import Inputs, read_inputs, settled
-from .job import Event, EventKind, TrainingJob
+from .job import Event, EventKind, Stage, TrainingJob
 from .pace import Pace
 from .store import CheckpointRow, EventRow, FileRow, JobRow, TrainingStore, new_id
 from .trackers import Trackers
@@ -184,8 +184,9 @@ class JobRun:
                 await room.wait_for(lambda: self._shared.engine.fits(inputs.spec))
                 self._inbox = asyncio.Queue()  # from here on it stops between two passes, not where it is
                 job = await off_loop(self._build, inputs)
-                left = await self._start(job)
-            await self._finish(job, await self._follow(left))
+                # Killed between its last checkpoint and its end, it has nothing left to run.
+                left = None if job.stage is Stage.DONE else await self._start(job)
+            await self._finish(job, None if left is None else await self._follow(job, left))
         finally:
             self._inbox = None
             async with room:
@@ -217,21 +218,20 @@ class JobRun:
         left.add_done_callback(lambda future: deliver(_Out(future.exception())))
         return left
 
-    async def _follow(self, left: Future[None]) -> _Halt | None:
+    async def _follow(self, job: TrainingJob, left: Future[None]) -> _Halt | None:
         """Until the engine has let go of it; None if it has ended by itself. Raises what made it fail."""
         trackers = await asyncio.to_thread(Trackers, self.id, self.request, self._folder / "tensorboard")
         try:
-            return await self._listen(trackers)
+            return await self._listen(job, trackers)
         finally:
             self._shared.engine.stop(self.id)
             await asyncio.gather(asyncio.wrap_future(left), return_exceptions=True)
             await asyncio.to_thread(trackers.close)
 
-    async def _listen(self, trackers: Trackers) -> _Halt | None:
+    async def _listen(self, job: TrainingJob, trackers: Trackers) -> _Halt | None:
         """Store what the running job tells."""
         assert self._inbox is not None
         halt: _Halt | None = None
-        done = False
         while True:
             batch = [await self._inbox.get()]
             batch += [self._inbox.get_nowait() for _ in range(self._inbox.qsize())]
@@ -244,14 +244,14 @@ class JobRun:
                         case _Halt():
                             halt = message
                             self._shared.engine.stop(self.id)
-                        case _Told(event, None):
-                            done = True
-                        case _Told(event, snapshot):
+                        case _Told(event, snapshot) if snapshot is not None:
                             await self._checkpoint(event.step, event.data, snapshot)
-                        case _Out(None) if done or halt is not None:
-                            return None if done else halt
-                        case _Out(None):
+                        case _Out(None) if job.stage is Stage.DONE:
+                            return None
+                        case _Out(None) if halt is None:
                             raise _EngineGone
+                        case _Out(None):
+                            return halt
                         case _Out(error):
                             raise error
 
