@@ -263,7 +263,8 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         await engine.load_adapter(source.name, str(source))
     bench = Bench(engine, args, data)
     await bench.serve([(0.1 * i, 64, 8) for i in range(8)], [s.name for s in sources])
-    plan = [(0.0, 1, True)] + [(r, n, job) for n in args.adapters for r in args.rates for job in (False, True)]
+    both = (True,) if args.with_job_only else (False, True)
+    plan = [(0.0, 1, True)] + [(r, n, job) for n in args.adapters for r in args.rates for job in both]
     for rate, num, with_job in plan:
         rows.append(await bench.run(rate, [s.name for s in sources[:num]], with_job, trace))
         print(rows[-1], flush=True)
@@ -280,9 +281,10 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=[4])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--scale", type=float, default=1.0, help="of the trace's lengths")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples of an optimizer step")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples of an optimizer step")
     parser.add_argument("--batched-tokens", type=int, default=2048)
     parser.add_argument("--train-memory-gib", type=float)
+    parser.add_argument("--with-job-only", action="store_true", help="leave the runs without the job out")
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--peft-batch", type=int, default=8)
     parser.add_argument("--save", action="store_true")
