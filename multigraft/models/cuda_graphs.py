@@ -136,7 +136,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory. First passes outside compile and plan."""
+        """Largest first, so that the smaller ones fit into its memory. A first pass outside compiles, tunes and plans."""
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             num_tiles = max_tiles(size, self.grafts.bank.max_slots)
@@ -145,8 +145,7 @@ class DecodeGraphs:
             self._prepare(Batch(), size)
             for kinds in CAPTURED:
                 self.grafts.begin_fixed(tiles, DECODE_ROWS, kinds)
-                if not kinds or size == self.sizes[-1]:
-                    self._forward(size)
+                self._forward(size)  # for each: a kernel may be tuned anew for another size, which a capture forbids
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
