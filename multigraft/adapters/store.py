@@ -29,7 +29,7 @@ from .site import PackedAdapter, Site
 log = logging.getLogger(__name__)
 
 MAX_NAME_LEN = 256
-FETCH_THREADS = 4
+FETCH_THREADS = 2
 
 
 class LoraModule(NamedTuple):
