@@ -71,7 +71,7 @@ def inspect(folder: str | Path, sites: Sequence[Site], *, max_rank: int) -> Adap
     folder = Path(folder).expanduser().absolute()
     with _blame(folder):
         fingerprint = _fingerprint(folder)
-        fields = Fields(_read_config(folder / CONFIG))
+        fields = Fields(read_config(folder / CONFIG))
         fields.ignore("task_type", "inference_mode", "revision", "auto_mapping", "peft_version")
         base_model = fields.take("base_model_name_or_path")
         scope = as_scope(fields.take("adapter_scope"), "adapter_scope")
@@ -222,7 +222,7 @@ def _check_unchanged(spec: AdapterSpec) -> None:
         raise AdapterError("its files changed on disk since it was registered; reload it to serve the new ones.")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
         raise AdapterError(f"{CONFIG} has {size} bytes, over the limit of {MAX_CONFIG_BYTES}.")
