@@ -49,6 +49,11 @@ class Load:
         if self.event is not None:
             self.event.synchronize()
 
+    def join(self) -> None:
+        """Let kernels launched on the current stream from now on wait until ready."""
+        if self.event is not None:
+            self.event.wait()
+
 
 @dataclass(slots=True)
 class _Tenant:

@@ -124,7 +124,11 @@ class PackedAdapter:
     """1-D, host memory (pinned when the device is CUDA), the engine's dtype."""
     sites: dict[int, SiteBlock] = field(default_factory=dict)
     """By Site.index; absent: the adapter does not act there."""
+    others: tuple[PackedAdapter, ...] = ()
+    """The same adapter for the further ranks of a tensor-parallel engine."""
 
     @property
     def nbytes(self) -> int:
-        return self.block.numel() * self.block.element_size()
+        """Host memory, that of `others` included."""
+        own = self.block.numel() * self.block.element_size()
+        return own + sum(other.nbytes for other in self.others)

@@ -17,6 +17,7 @@ from multigraft.core.config import (
     CacheConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     ServerConfig,
 )
@@ -26,6 +27,7 @@ PANELS: dict[type, str] = {
     CacheConfig: "KV cache",
     SchedulerConfig: "Scheduling",
     AdapterConfig: "Adapters",
+    ParallelConfig: "Tensor parallelism",
     ServerConfig: "Server",
     EngineConfig: "General",
 }

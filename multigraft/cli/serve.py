@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from multigraft.core.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, ServerConfig
+from multigraft.core.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    ServerConfig,
+)
 from multigraft.core.errors import MultigraftError
 
 from . import config_file
@@ -134,6 +142,7 @@ def run(values: dict[str, Any]) -> None:
         cache=build(CacheConfig, values),
         scheduler=build(SchedulerConfig, values),
         adapters=build(AdapterConfig, values),
+        parallel=build(ParallelConfig, values),
     )
     server_config = build(ServerConfig, values)
     _set_up_logging(server_config)

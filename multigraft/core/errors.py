@@ -64,3 +64,10 @@ class InvalidLogits(MultigraftError, ArithmeticError):
 
     status = 500
     code = "invalid_logits"
+
+
+class RankLost(MultigraftError):
+    """A process of a tensor-parallel engine has ended, and the engine with it."""
+
+    status = 503
+    code = "rank_lost"

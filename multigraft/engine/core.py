@@ -91,6 +91,7 @@ class EngineCore:
         self.step_end = step_end
         self.counters = Counters()
         self.error: BaseException | None = None
+        self._fatal: MultigraftError | None = None
         self._live: dict[str, Submission] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -106,6 +107,13 @@ class EngineCore:
 
     def start(self) -> None:
         self._thread.start()
+        if self.parts.ranks is not None:
+            self.parts.ranks.on_loss(self.fail)
+
+    def fail(self, error: MultigraftError) -> None:
+        """End the engine: what runs fails with the error."""
+        self._fatal = error
+        self._wake.set()
 
     def post(self, function: Callable[[], None]) -> None:
         """Run `function` on the engine's thread, soon."""
@@ -117,7 +125,7 @@ class EngineCore:
         if self.error is not None or self._stopping:
             if submission.request.adapter is not None:
                 self.parts.store.release(submission.request.adapter)
-            raise ShuttingDown("The engine has stopped and takes no requests.")
+            raise self._fatal or ShuttingDown("The engine has stopped and takes no requests.")
         submission.submitted_at = time.monotonic()
         self.post(partial(self._add, submission))
 
@@ -167,6 +175,8 @@ class EngineCore:
         try:
             while not self._stopping:
                 self._wake.clear()
+                if self._fatal is not None:
+                    raise self._fatal
                 while self._inbox:
                     self._inbox.popleft()()
                 self._finish_copies()
@@ -179,12 +189,15 @@ class EngineCore:
                 if not batch and self._in_flight is None:
                     self._wake.wait(0.001 if self._copies else 1.0)
         except BaseException as error:
-            self.error = error
+            self.error = self.parts.ranks.blame(error) if self.parts.ranks else error
             log.exception("The engine has died")
         finally:
+            reason = self.error if isinstance(self.error, MultigraftError) else ShuttingDown("The engine has stopped.")
             for submission in list(self._live.values()):
-                self._end(submission, FinishReason.ABORT, error=ShuttingDown("The engine has stopped."))
+                self._end(submission, FinishReason.ABORT, error=reason)
             self._flush()
+            if self.parts.ranks is not None:
+                self.parts.ranks.close()
 
     def _flush(self) -> None:
         if self._emitted and self.step_end is not None:
@@ -196,6 +209,8 @@ class EngineCore:
             self._step(batch)
             self._failures = 0
         except Exception as error:
+            if self.parts.ranks is not None:
+                raise  # the other ranks may be anywhere in the step
             self._failures += 1
             log.exception("A step failed; its %d requests fail with it", len(batch.spans))
             if self._failures >= MAX_CONSECUTIVE_FAILURES:
@@ -265,6 +280,8 @@ class EngineCore:
         results: list[Sampled | InvalidLogits] = []
         if step.launched is not None:
             results = parts.sampler.collect(step.launched)
+            if self._fatal is not None:
+                raise self._fatal  # what the collectives of the step gave is void
         unscored: dict[str, InvalidLogits] = {}
         row = output.num_sampled
         for i, first, num in output.scored:
@@ -399,7 +416,7 @@ class EngineCore:
         for slot in move.empties:
             self.parts.bank.unload(slot)
         self.counters.load_started[move.ref.uid] = time.monotonic()
-        future = self.parts.store.fetch(move.ref)
+        future = self.parts.fetch(move)
         future.add_done_callback(lambda f: self.post(partial(self._to_device, move, f)))
 
     def _to_device(self, move: AdapterMove, fetched: Future) -> None:  # type: ignore[type-arg]

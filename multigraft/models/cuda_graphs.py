@@ -33,7 +33,14 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: nn.Module, attention: FlashInferBackend, grafts: CudaGrafts, *, max_rows: int, max_len: int
+        self,
+        model: nn.Module,
+        attention: FlashInferBackend,
+        grafts: CudaGrafts,
+        *,
+        max_rows: int,
+        max_len: int,
+        vocab_size: int,
     ):
         """max_rows: requests of a step; max_len: tokens of a request."""
         self.model = model
@@ -46,9 +53,8 @@ class DecodeGraphs:
             max_pages=self.sizes[-1] * -(-max_len // attention.kv.page_size),
             device=attention.kv.k.device,
         )
-        vocab = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         dtype = attention.kv.k.dtype
-        self._logits = torch.empty(self.sizes[-1], vocab, dtype=dtype, device=attention.kv.k.device)
+        self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         grafts.warm_up()
