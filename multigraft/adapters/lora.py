@@ -108,6 +108,16 @@ class Lora:
     def blocks_of(self, path: str, kind: SiteKind) -> Blocks:
         return self.block_diagonal.of(path) if self.block_diagonal and kind is SiteKind.LINEAR else DENSE
 
+    def shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site in sites:
+            for path, out_features in zip(site.members, site.out_features, strict=True):
+                if site.kind in SUFFIXES and self.targets.select(path, site.kind):
+                    a, b = (PREFIX + path + suffix for suffix in SUFFIXES[site.kind])
+                    shapes[a] = (self.rank_of(path), site.in_features)
+                    shapes[b] = (out_features, self.rank_of(path))
+        return shapes
+
     def plan(self, shapes: Mapping[str, tuple[int, ...]], sites: Sequence[Site], *, max_rank: int) -> Plan:
         sites = [site for site in sites if site.kind in SUFFIXES]
         base = {path: BaseModule(path, site, m) for site in sites for m, path in enumerate(site.members)}

@@ -97,8 +97,9 @@ class AdapterStore:
         base_parameter: Callable[[str], torch.Tensor] | None = None,
         other_ranks: Sequence[Sequence[Site]] = (),
     ):
-        """other_ranks: the sites of each further rank of a tensor-parallel engine. base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
-        pin: page-locked host memory, for CUDA. base_parameter: see peft_files.read."""
+        """base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
+        pin: page-locked host memory, for CUDA. base_parameter: see peft_files.read.
+        other_ranks: the sites of each further rank of a tensor-parallel engine."""
         self._sites = list(sites)
         self._other_ranks = other_ranks
         self._config = config

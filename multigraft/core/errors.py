@@ -71,3 +71,9 @@ class RankLost(MultigraftError):
 
     status = 503
     code = "rank_lost"
+
+
+class JobFailed(MultigraftError):
+    """A training job cannot go on; the others, and serving, do."""
+
+    code = "job_failed"

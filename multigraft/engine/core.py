@@ -25,8 +25,10 @@ from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.logprobs import prompt_logprobs
 from multigraft.engine.parts import EngineParts
 from multigraft.engine.sampler import Launched, Sampled
+from multigraft.engine.step_clock import StepClock
 from multigraft.engine.structured import Matcher, token_masks
 from multigraft.models.runner import LateTokens, StepOutput
+from multigraft.scheduling.steptime import StepShape
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,9 @@ class EngineCore:
         self.parts = parts
         self.scheduler = parts.scheduler
         self.step_end = step_end
+        self.trainer = parts.trainer
         self.counters = Counters()
+        self._clock = StepClock(parts.loaded.device, self.scheduler.training.observe)
         self.error: BaseException | None = None
         self._fatal: MultigraftError | None = None
         self._live: dict[str, Submission] = {}
@@ -180,19 +184,21 @@ class EngineCore:
                 while self._inbox:
                     self._inbox.popleft()()
                 self._finish_copies()
-                batch = self.scheduler.schedule()
+                batch = self.scheduler.schedule(self.trainer.work())
                 for move in batch.loads:
                     self._start_load(move)
-                if batch or self._in_flight is not None:
-                    self._guarded_step(batch)
+                if batch or batch.train is not None or self._in_flight is not None:
+                    self._timed_step(batch)
                 self._flush()
-                if not batch and self._in_flight is None:
+                if not batch and batch.train is None and self._in_flight is None:
+                    self._clock.idle()
                     self._wake.wait(0.001 if self._copies else 1.0)
         except BaseException as error:
             self.error = self.parts.ranks.blame(error) if self.parts.ranks else error
             log.exception("The engine has died")
         finally:
             reason = self.error if isinstance(self.error, MultigraftError) else ShuttingDown("The engine has stopped.")
+            self.trainer.stop_all()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=reason)
             self._flush()
@@ -204,6 +210,16 @@ class EngineCore:
             self.step_end()
         self._emitted = False
 
+    def _timed_step(self, batch: Batch) -> None:
+        """While there are jobs, steps are timed: their training part is sized by what steps took."""
+        if not self.trainer.num_jobs:
+            self._guarded_step(batch)
+            return
+        shape = StepShape.of(batch)
+        self._clock.begin()
+        self._guarded_step(batch)
+        self._clock.end(shape)
+
     def _guarded_step(self, batch: Batch) -> None:
         try:
             self._step(batch)
@@ -212,6 +228,10 @@ class EngineCore:
             if self.parts.ranks is not None:
                 raise  # the other ranks may be anywhere in the step
             self._failures += 1
+            if batch.train is not None and batch.train.forward:
+                # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
+                self.trainer.abandon(error)
+                return
             log.exception("A step failed; its %d requests fail with it", len(batch.spans))
             if self._failures >= MAX_CONSECUTIVE_FAILURES:
                 raise
@@ -234,8 +254,14 @@ class EngineCore:
         finally:
             if before is not None:
                 self._collect(before, committed=True)
-        if step is None:
-            return
+        if step is not None:
+            self._finish(step)
+        if batch.train is not None:
+            self._flush()
+            self.trainer.run(batch.train, ridden=bool(batch))
+
+    def _finish(self, step: _InFlight) -> None:
+        batch = step.batch
         self.counters.steps += 1
         if not self._may_lag(step):
             self._collect(step, committed=False)
@@ -257,7 +283,8 @@ class EngineCore:
         late = None
         if before is not None and before.launched is not None:
             late = LateTokens(before.launched.tokens, {s.request.id: i for i, s in enumerate(before.spans)})
-        output = parts.runner.execute(batch, late)
+        riding = self.trainer.riding(batch.train) if batch.train is not None and batch.train.forward else None
+        output = parts.runner.execute(batch, late, riding)
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
         launched = None

@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from multigraft.core.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from multigraft.core.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.region import Scope, as_scope
 from multigraft.core.request import FinishReason, Output, SamplingParams, TokenLogprobs

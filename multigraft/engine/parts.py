@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from multigraft.core.errors import CapacityExceeded, InvalidRequest
 from multigraft.engine.ranks import LeadBank, Ranks
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredOutput
+from multigraft.engine.train_memory import TrainMemory
+from multigraft.engine.trainer import Trainer
 from multigraft.kvcache.pages import PagePool
 from multigraft.kvcache.tensors import PagedKV
 from multigraft.models import attention, backends, graft
@@ -34,8 +36,10 @@ from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.parallel import Group
 from multigraft.models.runner import Runner
 from multigraft.models.segments import CpuGrafts, CudaGrafts
+from multigraft.models.train_pass import TrainModel
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
+from multigraft.scheduling.training import TrainingShare
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class EngineParts:
     store: AdapterStore
     scheduler: Scheduler
     sampler: Sampler
+    trainer: Trainer
     structured: StructuredOutput | None
     """None when there is no tokenizer."""
     vocab_size: int
@@ -92,8 +97,10 @@ class RankParts:
     sites: list[Site]
     """With this rank's sizes."""
     bank: Bank
+    grafts: CpuGrafts | CudaGrafts
     runner: Runner
     kv: PagedKV
+    train_memory: TrainMemory
 
 
 def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> EngineParts:
@@ -103,6 +110,8 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         raise InvalidRequest(f"tensor_parallel_size is {size}; it must be 1 or more.", param="tensor_parallel_size")
     if size == 1:
         return _build_lead(config, progress, None)
+    progress("Fine-tuning is off: it does not run with tensor parallelism yet")
+    config = replace(config, training=replace(config.training, max_training_jobs=0))
     ranks = Ranks(config)
     try:
         return _build_lead(config, progress, ranks)
@@ -145,8 +154,9 @@ def _build_lead(config: EngineConfig, progress: Callable[[str], None], ranks: Ra
         runner=rank.runner,
         bank=bank,
         store=store,
-        scheduler=Scheduler(config.scheduler, pages, residency),
+        scheduler=Scheduler(config.scheduler, pages, residency, TrainingShare(config.training)),
         sampler=Sampler(vocab_size, loaded.device, config.model.seed, eos),
+        trainer=Trainer(TrainModel(loaded.model, rank.grafts), rank.train_memory),
         structured=StructuredOutput(loaded.tokenizer, vocab_size, eos) if loaded.tokenizer else None,
         vocab_size=vocab_size,
         ranks=ranks,
@@ -159,7 +169,7 @@ def build_rank(
     make_bank: Callable[..., Bank] = Bank,
     progress: Callable[[str], None] = log.info,
 ) -> RankParts:
-    """The model, its adapters' and keys' memory, and what runs them. Every rank of the group calls it at the same time."""
+    """The model, its adapters' and keys' memory, and what runs them. All ranks of the group call it at the same time."""
     data_dir = Path(config.data_dir).expanduser()
     loaded = load_model(config.model, data_dir, attn_implementation=attention.IMPLEMENTATION, group=group)
     if loaded.device.type == "cpu":
@@ -184,12 +194,14 @@ def build_rank(
     graft.graft(model, sites, grafts)
     if group and loaded.split:
         loaded.split.connect(model, group)
-    kv = _allocate_kv(config, loaded, group)
+    train_memory = TrainMemory.plan(config.training, loaded)
+    kv = _allocate_kv(config, loaded, train_memory.budget, group)
     backend = backends.choose(config.model.attention_backend, kv)
     attention.attach(model, backend, grafts.train)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
     if config.model.compile or on_graphs:
         _compile_layers(model)
+        train_memory.compiled = True
     runner = Runner(model, backend, grafts, loaded.device)
     if on_graphs:
         started = time.monotonic()
@@ -202,7 +214,7 @@ def build_rank(
             vocab_size=loaded.vocab_size,
         )
         progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
-    return RankParts(loaded, sites, bank, runner, kv)
+    return RankParts(loaded, sites, bank, grafts, runner, kv, train_memory)
 
 
 def _rank_sites(config: EngineConfig, loaded: LoadedModel, sites: list[Site], rank: int) -> list[Site]:
@@ -224,7 +236,8 @@ def adapter_bytes(config: EngineConfig, sites: list[Site], dtype: torch.dtype) -
     return config.adapters.max_loras * elements * dtype.itemsize
 
 
-def _allocate_kv(config: EngineConfig, loaded: LoadedModel, group: Group | None) -> PagedKV:
+def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int, group: Group | None) -> PagedKV:
+    """reserved: bytes to leave for fine-tuning."""
     c = loaded.model.config.get_text_config()
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     shape = {
@@ -238,7 +251,7 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel, group: Group | None)
         budget = int(config.cache.kv_cache_gib * GIB)
     elif loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        reserve = total * (1 - config.cache.gpu_memory_utilization) + _activation_bytes(config, loaded)
+        reserve = total * (1 - config.cache.gpu_memory_utilization) + _activation_bytes(config, loaded) + reserved
         budget = int(free - reserve)
     else:
         most = config.scheduler.max_num_seqs * -(-loaded.max_model_len // config.cache.page_size) * page_bytes

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -28,14 +29,7 @@ import multigraft
 from multigraft.adapters.bank import Bank, Load
 from multigraft.adapters.site import PackedAdapter, SiteBlock
 from multigraft.core.batch import AdapterMove, Batch
-from multigraft.core.config import (
-    AdapterConfig,
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    SchedulerConfig,
-)
+from multigraft.core.config import EngineConfig
 from multigraft.core.errors import InvalidRequest, ModelNotSupported, RankLost
 from multigraft.engine import wire
 from multigraft.models.parallel import Group
@@ -55,7 +49,7 @@ class Ranks:
     """Rank 0's side. Made before the model is loaded; `close` ends the other ranks."""
 
     def __init__(self, config: EngineConfig):
-        """Start the other ranks, or meet those that torchrun started. RankLost when one ends before it has connected."""
+        """Start the other ranks, or meet those that torchrun started. RankLost when one ends before it connected."""
         size = config.parallel.tensor_parallel_size
         self._lost: RankLost | None = None
         self._lost_event = threading.Event()
@@ -252,16 +246,13 @@ def config_to_json(config: EngineConfig) -> str:
 
 
 def config_from_json(text: str) -> EngineConfig:
-    raw = json.loads(text)
-    kinds = {
-        "model": ModelConfig,
-        "cache": CacheConfig,
-        "scheduler": SchedulerConfig,
-        "adapters": AdapterConfig,
-        "parallel": ParallelConfig,
-    }
-    parts: dict[str, Any] = {name: kind(**raw[name]) for name, kind in kinds.items()}
-    return EngineConfig(**parts, data_dir=Path(raw["data_dir"]))
+    kinds = typing.get_type_hints(EngineConfig)
+    return EngineConfig(
+        **{
+            name: kinds[name](**value) if isinstance(value, dict) else kinds[name](value)
+            for name, value in json.loads(text).items()
+        }
+    )
 
 
 def send_part(part: PackedAdapter, slot: int, rank: int, group: dist.ProcessGroup) -> None:

@@ -25,7 +25,7 @@ def load_shard(
     attn_implementation: str,
     group: Group,
 ) -> tuple[PreTrainedModel, Split]:
-    """source: a folder or a hub id. ModelNotSupported when the model has no plan to be split by, or tensors are wrong."""
+    """source: a folder or a hub id. ModelNotSupported when the model cannot be split, or its tensors are not there."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             hf_config,

@@ -83,7 +83,7 @@ def _all_reduce_op(x: torch.Tensor, handle: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a module's features lie over the ranks: in `parts` parts, each on as many ranks as there are too few parts."""
+    """How a module's features lie over the ranks: in `parts` parts; where those are fewer, several ranks have one."""
 
     by_inputs: bool
     whole: int

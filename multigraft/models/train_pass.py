@@ -8,8 +8,10 @@ states in front of its final norm and output head. No architecture is spelled ou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,14 +65,21 @@ class TrainPass:
     many of them at each call. Nothing waits for the device.
     """
 
-    def __init__(self, model: TrainModel, microbatches: Sequence[Microbatch], *, keep: bool, seed: int = 0):
-        """keep: hold each layer's activations for its backward, else compute them again. seed: of dropout."""
+    def __init__(self, model: TrainModel, microbatches: Sequence[Microbatch], *, keep: bool):
+        """keep: hold each layer's activations for its backward, else compute them again."""
         assert len({m.grad for m in microbatches}) == 1
         self.model = model
         self.microbatches = tuple(microbatches)
         self.grad = microbatches[0].grad
         self.keep = keep and self.grad
-        self.rows = self._rows(seed)
+        ends = list(itertools.accumulate(m.num_tokens for m in self.microbatches))
+        self._stretches = [self._stretch(m, end - m.num_tokens) for m, end in zip(self.microbatches, ends, strict=True)]
+        """One a microbatch."""
+        self.rows = TrainRows(
+            num=ends[-1],
+            lengths=tuple(len(s.tokens) for m in self.microbatches for s in m.samples),
+            stretches=tuple(s for s in self._stretches if s is not None),
+        )
         self.num_layers = len(model.layers)
         self.forward_done = 0
         self.backward_done = 0
@@ -133,7 +142,7 @@ class TrainPass:
 
     def backward(self, count: int) -> None:
         """The next `count` parts of the way back: the output head with the loss, then layer after layer."""
-        assert self.forward_done == self.num_layers
+        assert not count or self.forward_done == self.num_layers
         with torch.inference_mode(False):
             for _ in range(count):
                 if self.backward_done == 0:
@@ -165,41 +174,41 @@ class TrainPass:
 
     def _head(self) -> None:
         """Losses of all microbatches and, with a gradient, that of the last hidden states."""
-        plan = [_Targets.of(m, self.model.device) for m in self.microbatches]
         if self.grad:
             self._gradient = torch.zeros_like(self._hidden)
         first = 0
-        for microbatch, targets in zip(self.microbatches, plan, strict=True):
-            self.results.append(self._loss(microbatch, targets, first))
+        for microbatch, stretch in zip(self.microbatches, self._stretches, strict=True):
+            self.results.append(self._loss(microbatch, stretch, first))
             first += microbatch.num_tokens
 
-    def _loss(self, microbatch: Microbatch, targets: _Targets, first: int) -> PassResult:
+    def _loss(self, microbatch: Microbatch, stretch: Stretch | None, first: int) -> PassResult:
+        """first: the microbatch's first row."""
         objective = microbatch.objective
+        targets = _Targets.of(microbatch, first, self.model.device)
         logps = torch.zeros(len(targets.ids), device=self.model.device)
         coefficients = None
         if self.grad and not objective.two_pass:
             coefficients = torch.cat(objective(targets.split(logps))[1]) if len(logps) else logps
         correct = torch.zeros((), dtype=torch.int64, device=self.model.device)
         for part in targets.parts():
-            logps[part], right = self._score(microbatch, targets, first, part, coefficients)
+            logps[part], right = self._score(stretch, targets, part, coefficients)
             correct += right
         loss, gradient = objective(targets.split(logps)) if len(logps) else (logps.sum(), [])
         if self.grad and objective.two_pass and len(logps):
             coefficients = torch.cat(gradient)
             for part in targets.parts():
-                self._score(microbatch, targets, first, part, coefficients)
+                self._score(stretch, targets, part, coefficients)
         return PassResult(loss=loss, logps=targets.split(logps), num_correct=correct, num_trained=len(targets.ids))
 
     def _score(
-        self, microbatch: Microbatch, targets: _Targets, first: int, part: slice, coefficients: torch.Tensor | None
+        self, stretch: Stretch | None, targets: _Targets, part: slice, coefficients: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the targets in `part`, and how many are the likeliest token; with coefficients, the
         gradient of sum(coefficients * log-probabilities) goes to the rows' hidden states and the head's adapters."""
-        rows = targets.rows[part] + first
-        ids = targets.ids[part]
+        rows, ids = targets.rows[part], targets.ids[part]
         h = self._hidden[:, rows]
         grad = coefficients is not None
-        with torch.set_grad_enabled(grad), self.model.context.of(self._head_rows(microbatch, rows, grad)):
+        with torch.set_grad_enabled(grad), self.model.context.of(_at_head(stretch, rows, grad)):
             h.requires_grad_(grad)
             logits = self._logits(h)
             wide = logits.detach().float()
@@ -215,16 +224,6 @@ class TrainPass:
                 self._gradient[:, rows] += h.grad  # type: ignore[index]
         return logps, correct
 
-    def _head_rows(self, microbatch: Microbatch, rows: torch.Tensor, grad: bool) -> TrainRows:
-        """What acts at the output head on some of a microbatch's rows."""
-        num = len(rows)
-        stretches = tuple(
-            Stretch(s.adapter, slice(0, num), None if s.mask is None else s.mask[rows - s.rows.start], s.seed)
-            for s in self.rows.stretches
-            if s.adapter is microbatch.adapter
-        )
-        return TrainRows(num=num, lengths=(num,), stretches=stretches, grad=grad)
-
     def _logits(self, h: torch.Tensor) -> torch.Tensor:
         """(rows, vocab) of hidden states (1, rows, hidden) through the model's own final norm and head."""
         model = self.model
@@ -235,21 +234,16 @@ class TrainPass:
 
     # Preparation -------------------------------------------------------------------------------------------------
 
-    def _rows(self, seed: int) -> TrainRows:
-        lengths: list[int] = []
-        stretches = []
-        first = 0
-        dtype = self.model.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        for number, m in enumerate(self.microbatches):
-            lengths += [len(s.tokens) for s in m.samples]
-            if m.adapter is not None:
-                mask = _mask([m.adapter.adapted(s) for s in m.samples], [len(s.tokens) for s in m.samples])
-                if mask is not None:
-                    mask = mask.to(self.model.device, dtype)
-                rows = slice(first, first + m.num_tokens)
-                stretches.append(Stretch(m.adapter, rows, mask, seed * 64 + number))
-            first += m.num_tokens
-        return TrainRows(num=first, lengths=tuple(lengths), stretches=tuple(stretches))
+    def _stretch(self, microbatch: Microbatch, first: int) -> Stretch | None:
+        adapter = microbatch.adapter
+        if adapter is None:
+            return None
+        samples = microbatch.samples
+        mask = _mask([adapter.adapted(s) for s in samples], [len(s.tokens) for s in samples])
+        if mask is not None:
+            mask = mask.to(self.model.device, adapter.block.dtype)
+        rows = slice(first, first + microbatch.num_tokens)
+        return Stretch(adapter, rows, mask, microbatch.seed if microbatch.grad else None)
 
     def _start(self) -> None:
         """Embeddings, and what each layer is given beside the hidden states."""
@@ -267,15 +261,15 @@ class TrainPass:
 
 
 class _Targets:
-    """The trained tokens of a microbatch: the rows that predict them, relative to its first, and their ids."""
+    """The trained tokens of a microbatch: the rows that predict them, and their ids."""
 
     def __init__(self, rows: torch.Tensor, ids: torch.Tensor, counts: list[int]):
         self.rows, self.ids, self.counts = rows, ids, counts
 
     @classmethod
-    def of(cls, microbatch: Microbatch, device: torch.device) -> _Targets:
+    def of(cls, microbatch: Microbatch, first: int, device: torch.device) -> _Targets:
+        """first: the microbatch's first row."""
         rows, ids, counts = [], [], []
-        first = 0
         for s in microbatch.samples:
             trained = [i for i, w in enumerate(s.weights) if w != 0.0]
             rows += [first + i - 1 for i in trained]
@@ -335,6 +329,15 @@ class _Rider(_StandIn):
 
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | None:
         return self.train_pass._run(self.index, (hidden, kwargs))
+
+
+def _at_head(stretch: Stretch | None, rows: torch.Tensor, grad: bool) -> TrainRows:
+    """What acts at the output head, which sees some of a stretch's rows."""
+    stretches: tuple[Stretch, ...] = ()
+    if stretch is not None:
+        mask = None if stretch.mask is None else stretch.mask[rows - stretch.rows.start]
+        stretches = (replace(stretch, rows=slice(0, len(rows)), mask=mask),)
+    return TrainRows(num=len(rows), lengths=(len(rows),), stretches=stretches, grad=grad)
 
 
 def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -40,8 +40,8 @@ class Stretch:
     rows: slice
     mask: torch.Tensor | None
     """(rows, 1) in the compute dtype, 1 where the adapter acts; None: everywhere."""
-    seed: int
-    """Of its dropout masks in this pass."""
+    seed: int | None
+    """Of its dropout masks in this pass; None: nothing is dropped out."""
 
     def dropout(self, site: int, like: torch.Tensor) -> torch.Tensor | None:
         """What to multiply the adapter's input with, equal at each call of a pass; None without dropout.
@@ -49,7 +49,7 @@ class Stretch:
         Siblings share it; peft draws one for each module.
         """
         p = self.adapter.dropout
-        if p == 0.0:
+        if p == 0.0 or self.seed is None:
             return None
         generator = torch.Generator(like.device).manual_seed(self.seed * 8191 + site)
         kept = torch.rand(like.shape, generator=generator, device=like.device) >= p

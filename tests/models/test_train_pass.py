@@ -234,7 +234,7 @@ def test_dropout_is_the_same_forward_and_backward(llama: World, tmp_path: Path) 
     for step in (1e-4, -1e-4):
         moved = read(folder, llama.sites, dropout=0.3)
         moved.block += step * direction
-        values.append(llama.run(microbatch(moved, batch, grad=False)).results[0].loss.item())
+        values.append(llama.run(microbatch(moved, batch)).results[0].loss.item())
     assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=0.02)
 
 
@@ -258,7 +258,7 @@ def test_served_rows_and_training_rows_in_one_forward(
     finished = []
     execute = runner.execute
 
-    def with_training(step, late=None):
+    def with_training(step, late=None, _=None):
         if not finished or finished[-1].forward_done == finished[-1].num_layers:
             riding.block_grad.zero_()
             finished.append(TrainPass(world.model, [microbatch(riding, batch)], keep=keep))
