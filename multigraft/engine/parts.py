@@ -169,7 +169,7 @@ def build_rank(
     make_bank: Callable[..., Bank] = Bank,
     progress: Callable[[str], None] = log.info,
 ) -> RankParts:
-    """The model, its adapters' and keys' memory, and what runs them. All ranks of the group call it at the same time."""
+    """The model, its adapters' and keys' memory, and what runs them. All ranks of the group call it together."""
     data_dir = Path(config.data_dir).expanduser()
     loaded = load_model(config.model, data_dir, attn_implementation=attention.IMPLEMENTATION, group=group)
     if loaded.device.type == "cpu":

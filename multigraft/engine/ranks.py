@@ -155,9 +155,11 @@ class Ranks:
         if self._lost is None:
             try:
                 self.tell(np.array([wire.STOP], dtype=np.int32))
+                for rank in range(1, self.group.size):
+                    self._sender.submit(send_part, None, 0, rank, self._transfers)
             except RuntimeError as e:
                 log.warning("The other ranks could not be told to stop: %s", e)
-        self._sender.shutdown(wait=False, cancel_futures=True)
+        self._sender.shutdown(wait=False)
         deadline = time.monotonic() + 5
         for process in self._processes.values():
             try:
@@ -199,7 +201,7 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
             )
         torch.cuda.set_device(local)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // size)))
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
     return dist.new_group(backend="gloo", timeout=FOREVER)
@@ -255,8 +257,11 @@ def config_from_json(text: str) -> EngineConfig:
     )
 
 
-def send_part(part: PackedAdapter, slot: int, rank: int, group: dist.ProcessGroup) -> None:
-    """Send a rank its part of an adapter: a header, the places of its factors as JSON, the block."""
+def send_part(part: PackedAdapter | None, slot: int, rank: int, group: dist.ProcessGroup) -> None:
+    """Send a rank its part of an adapter: a header, the places of its factors as JSON, the block. None: no more come."""
+    if part is None:
+        dist.send(torch.tensor([-1, 0, 0]), rank, group)
+        return
     sites = {index: dataclasses.astuple(block) for index, block in part.sites.items()}
     layout = torch.frombuffer(bytearray(json.dumps(sites).encode()), dtype=torch.uint8)
     dist.send(torch.tensor([slot, len(layout), part.block.numel()]), rank, group)
@@ -264,11 +269,13 @@ def send_part(part: PackedAdapter, slot: int, rank: int, group: dist.ProcessGrou
     dist.send(part.block.view(torch.uint8), rank, group)
 
 
-def receive_part(dtype: torch.dtype, pin: bool, group: dist.ProcessGroup) -> tuple[int, PackedAdapter]:
-    """(slot, this rank's part) of what rank 0 sends with send_part."""
+def receive_part(dtype: torch.dtype, pin: bool, group: dist.ProcessGroup) -> tuple[int, PackedAdapter] | None:
+    """(slot, this rank's part) of what rank 0 sends with send_part; None when no more come."""
     header = torch.empty(3, dtype=torch.int64)
     dist.recv(header, 0, group)
     slot, layout_len, numel = header.tolist()
+    if slot < 0:
+        return None
     layout = torch.empty(layout_len, dtype=torch.uint8)
     dist.recv(layout, 0, group)
     block = torch.empty(numel, dtype=dtype, pin_memory=pin)

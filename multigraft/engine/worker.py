@@ -44,17 +44,22 @@ def run(config: EngineConfig, store: dist.Store, rank: int) -> None:
         raise
     store.set(f"ready/{rank}", b"")
     _follow(parts, group, transfers)
+    dist.destroy_process_group()
 
 
 def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup) -> None:
-    arrived: queue.Queue[tuple[int, PackedAdapter]] = queue.Queue()
+    arrived: queue.Queue[tuple[int, PackedAdapter] | RuntimeError] = queue.Queue()
     loaded = parts.loaded
 
     def receive() -> None:
-        while True:
-            arrived.put(receive_part(loaded.dtype, loaded.device.type == "cuda", transfers))
+        try:
+            while part := receive_part(loaded.dtype, loaded.device.type == "cuda", transfers):
+                arrived.put(part)
+        except RuntimeError as e:  # a broken connection; handed to the thread that waits for an adapter
+            arrived.put(e)
 
-    threading.Thread(target=receive, name="adapter-receiver", daemon=True).start()
+    receiver = threading.Thread(target=receive, name="adapter-receiver", daemon=True)
+    receiver.start()
     while True:
         message = _hear()
         kind = message[0]
@@ -67,12 +72,16 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup) -> Non
             parts.runner.execute(batch, late)
         elif kind == wire.LOAD:
             # Rank 0 sends the parts in the order in which it says LOAD, and says it when they have left.
-            slot, packed = arrived.get()
+            part = arrived.get()
+            if isinstance(part, RuntimeError):
+                raise part
+            slot, packed = part
             assert slot == message[1], (slot, message)
             parts.bank.load(slot, packed).join()
         elif kind == wire.UNLOAD:
             parts.bank.unload(int(message[1]))
         else:
+            receiver.join()
             return
 
 
@@ -110,7 +119,6 @@ def main() -> None:
     except Exception:
         log.exception("Rank %d ends, and the engine with it", rank)
         os._exit(1)
-    os._exit(0)  # the receiving thread waits in gloo, whose destructors would abort
 
 
 def _first_line() -> str:
