@@ -171,6 +171,7 @@ class EngineCore:
             adapter_loads=c.adapter_loads,
             adapter_load_seconds=c.adapter_load_seconds,
             steps=c.steps,
+            collectives=dict(self.parts.ranks.group.counts) if self.parts.ranks else {},
         )
 
     # On the engine's thread ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.adapters.store import AdapterStore, parse_lora_module
 from multigraft.core.batch import AdapterMove
 from multigraft.core.config import EngineConfig
-from multigraft.core.errors import CapacityExceeded, InvalidRequest
+from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftError
 from multigraft.engine.ranks import LeadBank, Ranks
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredOutput
@@ -35,6 +35,7 @@ from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.parallel import Group
 from multigraft.models.runner import Runner
+from multigraft.models.s_lora import SLoraCpuGrafts, SLoraCudaGrafts
 from multigraft.models.segments import CpuGrafts, CudaGrafts
 from multigraft.models.train_pass import TrainModel
 from multigraft.scheduling.residency import Residency
@@ -116,7 +117,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     try:
         return _build_lead(config, progress, ranks)
     except BaseException as error:
-        cause = ranks.blame(error)
+        cause = error if isinstance(error, MultigraftError) else ranks.blame(error)
         ranks.close()
         raise cause from error
 
@@ -186,11 +187,7 @@ def build_rank(
         device=loaded.device,
     )
     head = _head_path(model)
-    grafts = (
-        CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
-        if loaded.device.type == "cuda"
-        else CpuGrafts(sites, bank, head)
-    )
+    grafts = _make_grafts(config, loaded, sites, bank, head, group)
     graft.graft(model, sites, grafts)
     if group and loaded.split:
         loaded.split.connect(model, group)
@@ -215,6 +212,17 @@ def build_rank(
         )
         progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
     return RankParts(loaded, sites, bank, grafts, runner, kv, train_memory)
+
+
+def _make_grafts(
+    config: EngineConfig, loaded: LoadedModel, sites: list[Site], bank: Bank, head: str | None, group: Group | None
+) -> CpuGrafts | CudaGrafts:
+    on_cuda, max_rank = loaded.device.type == "cuda", config.adapters.max_lora_rank
+    if group and config.parallel.lora_sharding == "s-lora":
+        if on_cuda:
+            return SLoraCudaGrafts(group, sites, bank, head, max_rank=max_rank)
+        return SLoraCpuGrafts(group, sites, bank, head)
+    return CudaGrafts(sites, bank, head, max_rank=max_rank) if on_cuda else CpuGrafts(sites, bank, head)
 
 
 def _rank_sites(config: EngineConfig, loaded: LoadedModel, sites: list[Site], rank: int) -> list[Site]:

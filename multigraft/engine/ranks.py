@@ -6,6 +6,7 @@ thread (wire.py); adapters travel on a thread and a process group of their own, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -153,12 +154,10 @@ class Ranks:
             return
         self._closing = True
         if self._lost is None:
-            try:
+            with contextlib.suppress(RuntimeError):  # they may have ended by themselves
                 self.tell(np.array([wire.STOP], dtype=np.int32))
                 for rank in range(1, self.group.size):
                     self._sender.submit(send_part, None, 0, rank, self._transfers)
-            except RuntimeError as e:
-                log.warning("The other ranks could not be told to stop: %s", e)
         self._sender.shutdown(wait=False)
         deadline = time.monotonic() + 5
         for process in self._processes.values():
@@ -258,7 +257,7 @@ def config_from_json(text: str) -> EngineConfig:
 
 
 def send_part(part: PackedAdapter | None, slot: int, rank: int, group: dist.ProcessGroup) -> None:
-    """Send a rank its part of an adapter: a header, the places of its factors as JSON, the block. None: no more come."""
+    """Send a rank its part of an adapter: a header, the places of its factors as JSON, the block. None ends it."""
     if part is None:
         dist.send(torch.tensor([-1, 0, 0]), rank, group)
         return

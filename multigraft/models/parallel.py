@@ -8,7 +8,6 @@ and output head are split by the vocabulary.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -39,10 +38,9 @@ class Group:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.calls: Counter[str] = Counter()
-        """By kind of collective, of tensors of the model; what the host tells the other ranks is not counted."""
-        self.nbytes: Counter[str] = Counter()
-        """Bytes of one rank's tensor: of the sum, of what was gathered, of what was sent."""
+        self.counts: dict[str, tuple[int, int]] = {}
+        """By kind: calls, and bytes of one rank's tensor, of the sum or of what was gathered. Of the model's tensors
+        alone, not of what the host tells the other ranks."""
         self.handle = handles.register(self)
 
     def all_reduce_(self, x: torch.Tensor) -> None:
@@ -50,19 +48,19 @@ class Group:
         if torch.compiler.is_compiling():
             _all_reduce_op(x, self.handle)
             return
-        self._count("all_reduce", x)
+        self._count_one("all_reduce", x)
         dist.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """(size, *x.shape): every rank's x."""
         out = x.new_empty(self.size, *x.shape)
-        self._count("all_gather", out)
+        self._count_one("all_gather", out)
         _all_gather(out.flatten(0, 1), x.contiguous())
         return out
 
     def broadcast_(self, x: torch.Tensor) -> None:
         """Overwrite x with rank 0's."""
-        self._count("broadcast", x)
+        self._count_one("broadcast", x)
         dist.broadcast(x, 0)
 
     def least(self, value: int) -> int:
@@ -71,9 +69,14 @@ class Group:
         dist.all_reduce(x, dist.ReduceOp.MIN)
         return int(x)
 
-    def _count(self, kind: str, x: torch.Tensor) -> None:
-        self.calls[kind] += 1
-        self.nbytes[kind] += x.numel() * x.element_size()
+    def _count_one(self, kind: str, x: torch.Tensor) -> None:
+        self.count({kind: (1, x.numel() * x.element_size())})
+
+    def count(self, more: Mapping[str, tuple[int, int]]) -> None:
+        """Add to the counts: what a captured step exchanges does not pass here when it is replayed."""
+        for kind, (calls, nbytes) in more.items():
+            before = self.counts.get(kind, (0, 0))
+            self.counts[kind] = (before[0] + calls, before[1] + nbytes)
 
 
 @torch.library.custom_op("multigraft::all_reduce_", mutates_args={"x"})

@@ -1,10 +1,11 @@
 """Processes that serve as the other ranks of one tensor-parallel engine after another: each start costs seconds of
-imports. Run as `python -m tests.engine.lent_ranks RANK`, it reads a port and a configuration a line, and answers."""
+imports, so they are forked from one that has them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -16,20 +17,16 @@ from multigraft.engine import ranks
 class Lent:
     """Stands for the Popen of a rank; it ends when the engine is done with it."""
 
-    def __init__(self, process: subprocess.Popen[bytes]):
-        self.process = process
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
         self.stdin = self
-        self.ended = False
+        self.status: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        if not self.ended:
-            answer = self.process.stdout.readline().strip()
-            self.ended = True
-            assert answer == b"done", answer
-        return 0
-
-    def kill(self) -> None:
-        raise AssertionError("the rank did not end by itself")
+        if self.status is None:
+            assert self.pipe.poll(30), "the rank did not end by itself"
+            self.status = self.pipe.recv()
+        return self.status
 
     def close(self) -> None:
         pass
@@ -37,46 +34,53 @@ class Lent:
 
 class Pool:
     def __init__(self) -> None:
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["multigraft.engine.worker"])
+        self.pipes: dict[int, Connection] = {}
+        self.processes: list[Any] = []
 
     def spawn(self, config: EngineConfig, rank: int, port: int) -> Any:
-        if rank not in self.processes:
-            command = [sys.executable, "-m", "tests.engine.lent_ranks", str(rank)]
-            self.processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        process = self.processes[rank]
-        process.stdin.write(f"{port} {ranks.config_to_json(config)}\n".encode())
-        process.stdin.flush()
-        return Lent(process)
+        if rank not in self.pipes:
+            self.pipes[rank], other = self.context.Pipe()
+            self.processes.append(self.context.Process(target=serve, args=(rank, other), daemon=True))
+            self.processes[-1].start()
+        self.pipes[rank].send((port, ranks.config_to_json(config)))
+        return Lent(self.pipes[rank])
 
     def close(self) -> None:
-        for process in self.processes.values():
-            process.stdin.close()
-            assert process.wait(20) == 0
+        for pipe in self.pipes.values():
+            pipe.send(None)
+        for process in self.processes:
+            process.join(20)
+            assert process.exitcode == 0
+
+
+def serve(rank: int, pipe: Connection) -> None:
+    import torch.distributed as dist
+
+    from multigraft.core.errors import MultigraftError
+    from multigraft.engine import worker
+
+    while (job := pipe.recv()) is not None:
+        port, text = job
+        config = ranks.config_from_json(text)
+        store = dist.TCPStore("127.0.0.1", port, config.parallel.tensor_parallel_size, is_master=False)
+        try:
+            worker.run(config, store, rank)
+            pipe.send(0)
+        except MultigraftError:
+            dist.destroy_process_group()
+            pipe.send(1)
 
 
 @pytest.fixture(scope="module")
-def lent_ranks() -> Any:
+def pool() -> Iterator[Pool]:
     pool = Pool()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "_spawn", pool.spawn)
-        # The engine's end waits for the ranks; nobody need watch them meanwhile.
-        patch.setattr(ranks.Ranks, "_watch", lambda self, rank: None)
-        yield
+    yield pool
     pool.close()
 
 
-def main() -> None:
-    import torch.distributed as dist
-
-    from multigraft.engine import worker
-
-    for line in sys.stdin:
-        port, _, text = line.partition(" ")
-        config = ranks.config_from_json(text)
-        size = config.parallel.tensor_parallel_size
-        worker.run(config, dist.TCPStore("127.0.0.1", int(port), size, is_master=False), int(sys.argv[1]))
-        print("done", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+@pytest.fixture
+def lent_ranks(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_spawn", pool.spawn)
+    monkeypatch.setattr(ranks.Ranks, "_watch", lambda self, rank: None)  # their end is no loss

@@ -14,7 +14,7 @@ import pytest
 
 from multigraft import Engine, SamplingParams
 from multigraft.core.errors import MultigraftError, RankLost
-from tests.engine.lent_ranks import lent_ranks  # noqa: F401 (a fixture)
+from tests.engine.lent_ranks import lent_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, Case, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
 from tests.engine.test_parity import GAIN, make_prompts

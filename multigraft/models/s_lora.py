@@ -1,0 +1,85 @@
+"""Adapters that are split over the ranks in both factors (adapters.site.Exchange): the product with A is exchanged.
+
+The columns of an exchanged product are those of the members that the row's adapter touches, one after the other, each
+as wide as Exchange.width makes it. Its shape depends on the site alone, so that all ranks exchange the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from multigraft.adapters.site import Site
+from multigraft.models.parallel import Group
+from multigraft.models.segments import CpuGrafts, CudaGrafts
+
+
+def exchanges(site: Site) -> bool:
+    return site.shard is not None and site.shard.exchange is not None
+
+
+def exchange(group: Group, site: Site, h: torch.Tensor) -> torch.Tensor:
+    """What B is multiplied with, (rows, members * width), of this rank's rows of A x or its share of all of them."""
+    if site.gathered == 1:
+        group.all_reduce_(h)
+        return h
+    parts = group.all_gather(h).unflatten(2, (len(site.members), -1))  # ranks, rows, members, width / ranks
+    return parts.permute(1, 2, 0, 3).flatten(1)
+
+
+class SLoraCpuGrafts(CpuGrafts):
+    """Segment by segment: for tests, and no fast path."""
+
+    def __init__(self, group: Group, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        where = self.sites[site]
+        if not exchanges(where):
+            super().add(site, y, x)
+            return
+        assert self._rows is not None
+        found = [(slice(a, b), self.slots.factors(site, slot)) for a, b, slot in self._rows.segments]
+        adapted = [(rows, f) for rows, f in found if f is not None]
+        h = x.new_zeros(len(x), len(where.members) * where.shard.exchange.width // where.gathered)
+        for rows, f in adapted:
+            h[rows, : len(f.a)] = x[rows] @ f.a.T
+        h = exchange(self.group, where, h)
+        for rows, f in adapted:
+            row = col = 0
+            for out, b, scale, (first, stop) in zip(where.out_features, f.b, f.scales, where.b_features, strict=True):
+                if len(b):
+                    y[rows, col + first : col + stop].addmm_(h[rows, row : row + len(b)], b, alpha=scale)
+                row += len(b)
+                col += out
+
+
+class SLoraCudaGrafts(CudaGrafts):
+    """The segmented kernels, with a collective between the two."""
+
+    def __init__(self, group: Group, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+    def _launch(self, site: Site, y: torch.Tensor, x: torch.Tensor, tiles: Any) -> None:
+        if not exchanges(site):
+            super()._launch(site, y, x, tiles)
+            return
+        from multigraft.kernels import lora_triton
+
+        bank, members = self.bank, len(site.members)
+        width = site.shard.exchange.width // site.gathered
+        tables = (bank.table, bank.b_table)
+        scales = bank.scales[site.index, :, :members]
+        work_a, work_b = (
+            lora_triton.Work(table[site.index, :, :members], scales, tiles.table, tiles.block_m, width)
+            for table in tables
+        )
+        h = lora_triton.shrink(x, bank.arena, work_a, "a", [x.shape[1]]).sum(0)[:, : members * width]
+        h = exchange(self.group, site, h.contiguous())[None]
+        (first, _), *others = site.b_features
+        assert not others or site.gathered > 1, "siblings are split by outputs"
+        widths = [stop - start for start, stop in site.b_features]
+        lora_triton.expand(y[:, first : first + sum(widths)], h, bank.arena, work_b, "b", widths)
