@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -146,6 +147,11 @@ def run(values: dict[str, Any]) -> None:
     )
     server_config = build(ServerConfig, values)
     _set_up_logging(server_config)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        from multigraft.engine.worker import run_under_torchrun
+
+        run_under_torchrun(engine_config)
+        return
     with user_errors(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(engine_config, server_config))
 

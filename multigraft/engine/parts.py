@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from multigraft.adapters.store import AdapterStore, parse_lora_module
 from multigraft.core.batch import AdapterMove
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftError
-from multigraft.engine.ranks import LeadBank, Ranks
+from multigraft.engine.ranks import LeadBank, Ranks, without_training
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredOutput
 from multigraft.engine.train_memory import TrainMemory
@@ -112,7 +112,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     if size == 1:
         return _build_lead(config, progress, None)
     progress("Fine-tuning is off: it does not run with tensor parallelism yet")
-    config = replace(config, training=replace(config.training, max_training_jobs=0))
+    config = without_training(config)
     ranks = Ranks(config)
     try:
         return _build_lead(config, progress, ranks)
@@ -209,6 +209,7 @@ def build_rank(
             max_rows=config.scheduler.max_num_seqs,
             max_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
+            group=group,
         )
         progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
     return RankParts(loaded, sites, bank, grafts, runner, kv, train_memory)

@@ -206,6 +206,11 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
     return dist.new_group(backend="gloo", timeout=FOREVER)
 
 
+def without_training(config: EngineConfig) -> EngineConfig:
+    """What a tensor-parallel engine can do of it: fine-tuning does not run there yet."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, max_training_jobs=0))
+
+
 def uses_cuda(config: EngineConfig) -> bool:
     return config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
 

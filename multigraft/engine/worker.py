@@ -23,7 +23,15 @@ from multigraft.core.config import EngineConfig
 from multigraft.core.errors import MultigraftError
 from multigraft.engine import wire
 from multigraft.engine.parts import RankParts, build_rank
-from multigraft.engine.ranks import FIRST_CHUNK, config_from_json, join, receive_part
+from multigraft.engine.ranks import (
+    FIRST_CHUNK,
+    config_from_json,
+    join,
+    meet_torchrun,
+    receive_part,
+    torchrun_rank,
+    without_training,
+)
 from multigraft.models.parallel import Group
 from multigraft.models.runner import LateTokens
 
@@ -98,6 +106,13 @@ def _hear() -> np.ndarray:
     return np.concatenate([head, tail.numpy()])
 
 
+def run_under_torchrun(config: EngineConfig) -> None:
+    """As one of the ranks, other than 0, that torchrun started with the same command line as rank 0."""
+    rank = torchrun_rank()
+    assert rank
+    _run_or_exit(without_training(config), meet_torchrun(config.parallel.tensor_parallel_size), rank)
+
+
 def _end_with_parent() -> None:
     """Wait for the end of standard input, which rank 0 holds open while it lives."""
     while os.read(0, 4096):
@@ -111,6 +126,11 @@ def main() -> None:
     config = config_from_json(_first_line())
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     store = dist.TCPStore("127.0.0.1", port, config.parallel.tensor_parallel_size, is_master=False)
+    _run_or_exit(config, store, rank)
+
+
+def _run_or_exit(config: EngineConfig, store: dist.Store, rank: int) -> None:
+    """An error ends the process at once, whatever other threads wait for."""
     try:
         run(config, store, rank)
     except MultigraftError as e:

@@ -16,6 +16,7 @@ from torch import nn
 from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles, max_tiles
 from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
+from multigraft.models.parallel import Counts, Group
 from multigraft.models.segments import NO_SLOT, CudaGrafts
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ class DecodeGraphs:
         max_rows: int,
         max_len: int,
         vocab_size: int,
+        group: Group | None = None,
     ):
-        """max_rows: requests of a step; max_len: tokens of a request."""
+        """max_rows: requests of a step; max_len: tokens of a request. group: of the ranks that capture and replay the
+        same steps with this one, in the same order."""
         self.model = model
         self.attention = attention
         self.grafts = grafts
@@ -57,6 +60,8 @@ class DecodeGraphs:
         self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._group = group
+        self._collectives: dict[tuple[int, bool], Counts] = {}
         grafts.warm_up()
         self._capture_all()
 
@@ -79,6 +84,8 @@ class DecodeGraphs:
         if late is not None:
             self._late_tokens[: len(late.tokens)].copy_(late.tokens)
         self._graphs[size, adapted].replay()
+        if self._group is not None:
+            self._group.count(self._collectives[size, adapted])
         return self._logits[: len(batch.spans)]
 
     def _size(self, num_rows: int) -> int:
@@ -148,9 +155,13 @@ class DecodeGraphs:
                 self._forward(size)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
+                if self._group is not None:
+                    self._group.counts = self._collectives[size, adapted] = {}
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self._forward(size)
                 self._graphs[size, adapted] = graph
+        if self._group is not None:
+            self._group.counts = {}
 
 
 class _Inputs:

@@ -30,6 +30,10 @@ embedding and head, which are split whatever their style."""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
+Counts = dict[str, tuple[int, int]]
+"""By kind of collective: calls, and bytes of one rank's tensor, of the sum or of what was gathered."""
+
+
 class Group:
     """The ranks of torch.distributed's default group, with a count of what they exchange.
 
@@ -38,9 +42,8 @@ class Group:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.counts: dict[str, tuple[int, int]] = {}
-        """By kind: calls, and bytes of one rank's tensor, of the sum or of what was gathered. Of the model's tensors
-        alone, not of what the host tells the other ranks."""
+        self.counts: Counts = {}
+        """Of tensors on the device; what the host tells the other ranks is not among them."""
         self.handle = handles.register(self)
 
     def all_reduce_(self, x: torch.Tensor) -> None:
@@ -72,7 +75,7 @@ class Group:
     def _count_one(self, kind: str, x: torch.Tensor) -> None:
         self.count({kind: (1, x.numel() * x.element_size())})
 
-    def count(self, more: Mapping[str, tuple[int, int]]) -> None:
+    def count(self, more: Counts) -> None:
         """Add to the counts: what a captured step exchanges does not pass here when it is replayed."""
         for kind, (calls, nbytes) in more.items():
             before = self.counts.get(kind, (0, 0))
