@@ -20,6 +20,7 @@ from multigraft.core.config import (
     ParallelConfig,
     SchedulerConfig,
     ServerConfig,
+    TrainingConfig,
 )
 
 PANELS: dict[type, str] = {
@@ -28,6 +29,7 @@ PANELS: dict[type, str] = {
     SchedulerConfig: "Scheduling",
     AdapterConfig: "Adapters",
     ParallelConfig: "Tensor parallelism",
+    TrainingConfig: "Fine-tuning",
     ServerConfig: "Server",
     EngineConfig: "General",
 }

@@ -24,6 +24,7 @@ from multigraft.core.config import (
     ParallelConfig,
     SchedulerConfig,
     ServerConfig,
+    TrainingConfig,
 )
 from multigraft.core.errors import MultigraftError
 
@@ -136,15 +137,7 @@ def user_errors() -> Any:
 
 def run(values: dict[str, Any]) -> None:
     """Start the engine and serve until a signal. values: by field name."""
-    engine_config = build(
-        EngineConfig,
-        values,
-        model=build(ModelConfig, values),
-        cache=build(CacheConfig, values),
-        scheduler=build(SchedulerConfig, values),
-        adapters=build(AdapterConfig, values),
-        parallel=build(ParallelConfig, values),
-    )
+    engine_config = build_engine_config(values)
     server_config = build(ServerConfig, values)
     _set_up_logging(server_config)
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
@@ -156,6 +149,19 @@ def run(values: dict[str, Any]) -> None:
         runner.run(_serve(engine_config, server_config))
 
 
+def build_engine_config(values: dict[str, Any]) -> EngineConfig:
+    return build(
+        EngineConfig,
+        values,
+        model=build(ModelConfig, values),
+        cache=build(CacheConfig, values),
+        scheduler=build(SchedulerConfig, values),
+        adapters=build(AdapterConfig, values),
+        parallel=build(ParallelConfig, values),
+        training=build(TrainingConfig, values),
+    )
+
+
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     from multigraft.server import bind, serve  # seconds of imports, kept away from --help
 
@@ -163,6 +169,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> No
         from multigraft.engine.async_engine import AsyncEngine
 
         engine = await AsyncEngine.start(engine_config)
+        await engine.open_training()
         await serve(engine, server_config, sock=sock, on_ready=lambda url: print_banner(engine, server_config, url))
 
 

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import multigraft
 from multigraft.adapters.bank import Bank, Load
 from multigraft.adapters.site import PackedAdapter, SiteBlock
 from multigraft.core.batch import AdapterMove, Batch
@@ -233,7 +232,7 @@ def meet_torchrun(size: int) -> dist.Store:
 
 def _spawn(config: EngineConfig, rank: int, port: int) -> subprocess.Popen[bytes]:
     """Start `python -m multigraft.engine.worker`; it ends when this process does, whose pipe it reads."""
-    package_root = str(Path(multigraft.__file__).parents[1])
+    package_root = str(Path(__file__).parents[2])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-m", "multigraft.engine.worker", str(rank), str(port)],

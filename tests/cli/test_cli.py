@@ -19,8 +19,10 @@ from multigraft.core.config import (
     CacheConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     ServerConfig,
+    TrainingConfig,
 )
 
 HERE = Path(__file__).parent
@@ -66,6 +68,8 @@ def test_defaults_are_the_configurations(serve):
                 ("cache", CacheConfig),
                 ("scheduler", SchedulerConfig),
                 ("adapters", AdapterConfig),
+                ("parallel", ParallelConfig),
+                ("training", TrainingConfig),
             ]
         },
     )

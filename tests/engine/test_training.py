@@ -17,6 +17,7 @@ from multigraft import Engine, SamplingParams
 from multigraft.core.errors import JobFailed
 from multigraft.core.region import Scope
 from multigraft.training.adapter import AdapterDesign, TrainableAdapter
+from multigraft.training.batches import Order
 from multigraft.training.dataset import Dataset
 from multigraft.training.job import Event, EventKind, TrainingJob
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
@@ -105,13 +106,10 @@ def peft_losses(world: World, job: TrainingJob, folder: Path) -> list[float]:
 
 
 def batches(job: TrainingJob) -> list[list]:
-    """What a copy of the job hands out, step by step."""
-    from multigraft.training.batches import step_examples
-
-    data = job._data[job.stage]
-    h = job.spec.hyperparameters
-    steps = [step_examples(len(data), h.batch_size, job.spec.seed, step).tolist() for step in range(job.num_steps)]
-    return [[s for example in step for s in data[example]] for step in steps]
+    """The samples of every step."""
+    data, h = job._data[job.stage], job.spec.hyperparameters
+    order = Order(len(data), h.batch_size, job.spec.seed)
+    return [[s for example in order.examples(step) for s in data[example]] for step in range(job.num_steps)]
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])
