@@ -39,7 +39,7 @@ def load_shard(
     tied = f"{split.head}.weight" if hf_config.get_text_config().tie_word_embeddings else None
     shapes.pop(tied, None)
     if config.load_format == "dummy":
-        _fill_at_random(model, device)
+        _fill_at_random(model, dtype, device)
     else:
         reader = _Reader(config, source, dtype, device)
         for name in shapes:
@@ -94,10 +94,10 @@ def _replace(model: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(model.get_submodule(path), kind, nn.Parameter(value, requires_grad=False))
 
 
-def _fill_at_random(model: PreTrainedModel, device: torch.device) -> None:
+def _fill_at_random(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """As transformers initialises; what every rank has whole is the same on all of them, as all draw alike."""
     for name, parameter in list(model.named_parameters()):
-        _replace(model, name, torch.empty_like(parameter, device=device))
+        _replace(model, name, torch.empty(parameter.shape, dtype=dtype, device=device))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for module in model.modules():

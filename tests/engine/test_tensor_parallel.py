@@ -17,7 +17,7 @@ from multigraft.core.errors import MultigraftError, RankLost
 from tests.engine.lent_ranks import lent_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, Case, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
-from tests.engine.test_parity import GAIN, make_prompts
+from tests.engine.test_parity import DEVICE, GAIN, make_prompts
 from tests.tiny import ARCHITECTURES, build_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1, prompt_logprobs=1)
@@ -48,7 +48,7 @@ class World:
             self.expected = self.answers(engine)
 
     def engine(self, **settings: Any) -> Engine:
-        fixed = {"device": "cpu", "max_loras": 6, "kv_cache_gib": 0.01, "adapter_memory_gib": 0.02}
+        fixed = {"device": DEVICE, "max_loras": 6, "kv_cache_gib": 0.01, "adapter_memory_gib": 0.02}
         modules = tuple(f"{name}={path}" for name, path in self.adapters.items())
         return Engine(
             str(self.checkpoint),
