@@ -1,10 +1,10 @@
 """Tensor-parallel decoding with adapters in each placement, at matched parameter counts: random Llama-3.1-8B weights.
 
 For each LoRA rank: base, replicated (LoRA), s-lora (LoRA) and block-diagonal (BD-LoRA of as many parameters, as many
-blocks as ranks of the group), at each batch size. Block-diagonal, replicated and base share one engine, in the order
-of each batch size; s-lora has an engine of its own for each rank, for it pads adapters to the largest rank.
+blocks as ranks of the group), at each batch size. Block-diagonal, replicated and base share one engine; s-lora has an
+engine of its own for each rank, for it pads adapters to the largest rank.
 
-    python -m benchmarks.tp [--size 2] [--lora-ranks 16 64 128] [--batches 1 16 64 256] [--skip s-lora] [--save]
+    python -m benchmarks.tp [--size 2] [--lora-ranks 16 64 128] [--batches 1 16 64 256] [--save]
 
 --collectives times the model's collectives alone, as replays of a CUDA graph; tp_model.py needs it.
 Under --save, lines are appended as engines end, so that a run that is cut off leaves what it has.
@@ -120,7 +120,7 @@ class Bench:
             max_model_len=512,
             kv_cache_gib=8 if self.args.device == "cuda" else 0.5,
             max_loras=self.args.adapters,
-            max_cpu_loras=4 * self.args.adapters,
+            max_cpu_loras=len(sources) * self.args.adapters,
             max_lora_rank=max_rank,
             adapter_memory_gib=self.args.adapters * bytes_each / 2**30,
             lora_dir=folder,
@@ -131,13 +131,14 @@ class Bench:
         print(f"{sharding}, ranks up to {max_rank}: started in {time.perf_counter() - start:.1f} s", flush=True)
         return engine
 
-    def measure(self, engine: Engine, placement: str, rank: int | None, source: str | None, batch: int) -> None:
-        names = [f"{source}-{i % self.args.adapters}" if source else None for i in range(batch)]
-        row = {"placement": placement, "rank": rank, "batch": batch, **run(engine, names, self.config.vocab_size)}
-        if batch == self.args.batches[0]:
-            row["check"] = check(engine, names[0], self.config.vocab_size)
-        self.rows.append(row)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    def measure(self, engine: Engine, placement: str, rank: int | None, source: str | None) -> None:
+        for batch in self.args.batches:
+            names = [f"{source}-{i % self.args.adapters}" if source else None for i in range(batch)]
+            row = {"placement": placement, "rank": rank, "batch": batch, **run(engine, names, self.config.vocab_size)}
+            if batch == self.args.batches[0]:
+                row["check"] = check(engine, names[0], self.config.vocab_size)
+            self.rows.append(row)
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
     def save(self, name: str) -> None:
         settings = {k: getattr(self.args, k) for k in ("size", "layers", "adapters")} | {"part": name}
@@ -153,18 +154,15 @@ def serve(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     sources = {f"lora{r}": path for r, path in dense.items()} | {f"bd{r}": path for r, path in blocks.items()}
     rows = []
     with bench.engine("block-diagonal", sources, max(matched.values())) as engine:
-        for batch in args.batches:
-            bench.measure(engine, "base", None, None, batch)
-            for rank in args.lora_ranks:
-                bench.measure(engine, "block-diagonal", rank, f"bd{rank}", batch)
-                bench.measure(engine, "replicated", rank, f"lora{rank}", batch)
+        bench.measure(engine, "base", None, None)
+        for rank in args.lora_ranks:
+            bench.measure(engine, "block-diagonal", rank, f"bd{rank}")
+            bench.measure(engine, "replicated", rank, f"lora{rank}")
     bench.save("together")
-    for rank in () if "s-lora" in args.skip else args.lora_ranks:
+    for rank in args.lora_ranks if args.s_lora_ranks is None else args.s_lora_ranks:
         rows, bench.rows = rows + bench.rows, []
         with bench.engine("s-lora", {f"lora{rank}": dense[rank]}, rank) as engine:
-            for batch in args.batches:
-                bench.measure(engine, "base (s-lora's engine)", rank, None, batch)
-                bench.measure(engine, "s-lora", rank, f"lora{rank}", batch)
+            bench.measure(engine, "s-lora", rank, f"lora{rank}")
         bench.save(f"s-lora {rank}")
     return rows + bench.rows
 
@@ -222,7 +220,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--skip", nargs="+", default=[], choices=["s-lora"])
+    parser.add_argument("--s-lora-ranks", type=int, nargs="*", help="default: all of --lora-ranks")
     parser.add_argument("--collectives", action="store_true")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
