@@ -160,8 +160,8 @@ class DecodeGraphs:
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self._forward(size)
                 self._graphs[size, adapted] = graph
-        if self._group is not None:
-            self._group.counts = {}
+                if self._group is not None:
+                    self._group.counts = {}  # not of the next one's pass outside
 
 
 class _Inputs:

@@ -98,7 +98,7 @@ def _fill_at_random(model: PreTrainedModel, dtype: torch.dtype, device: torch.de
     """As transformers initialises; what every rank has whole is the same on all of them, as all draw alike."""
     for name, parameter in list(model.named_parameters()):
         _replace(model, name, torch.empty(parameter.shape, dtype=dtype, device=device))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
         torch.manual_seed(0)
         for module in model.modules():
             model._init_weights(module)
