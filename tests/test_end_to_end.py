@@ -22,7 +22,7 @@ EXAMPLES = Path("examples/adapters").absolute()
 
 
 class Server:
-    def __init__(self, model: Path, log: Path, *options: str):
+    def __init__(self, model: Path, log: Path, *options: str, env: dict[str, str] | None = None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -33,7 +33,9 @@ class Server:
         command += [json.dumps({"name": "robot", "path": str(EXAMPLES / "robot")}), "--max-loras", "2"]
         command += ["--kv-cache-gib", "0.2", "--api-key", "secret", "--max-model-len", "2048", *options]
         with log.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env
+            )
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": "Bearer secret"}, timeout=60)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=60)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 import time
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.test_end_to_end import Server
 
+# Two threads of a training step wait for each other at every small operation, 20 times as long on a busy machine.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STYLE = re.compile(r"^Result: \d+ \(checked\)$")
 
 
@@ -39,7 +42,7 @@ def server(smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("server")
     # A machine that runs tests may be slow: training is to have time left under any load.
     options = ("--data-dir", str(folder / "data"), "--tpot-slo-ms", "20000", "--ttft-slo-ms", "20000")
-    server = Server(smol_path, folder / "log", *options).wait()
+    server = Server(smol_path, folder / "log", *options, env=ENVIRONMENT).wait()
     yield server
     server.stop()
 
@@ -98,7 +101,7 @@ def test_a_job_learns_while_others_are_served(server: Server, smol_path: Path, t
 def test_a_job_goes_on_after_a_kill(smol_path: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of a job on the real engine; the next server goes on and serves the result."""
     options = ("--data-dir", str(tmp_path / "data"))
-    first = Server(smol_path, tmp_path / "log1", *options).wait()
+    first = Server(smol_path, tmp_path / "log1", *options, env=ENVIRONMENT).wait()
     file = first.client.files.create(file=("style.jsonl", training_file()), purpose="fine-tune")
     method = {"n_epochs": 2, "batch_size": 8}
     job = first.client.fine_tuning.jobs.create(
@@ -112,7 +115,7 @@ def test_a_job_goes_on_after_a_kill(smol_path: Path, tmp_path: Path) -> None:
     while not first.client.fine_tuning.jobs.checkpoints.list(job.id).data and time.monotonic() < deadline:
         time.sleep(0.05)
     first.kill()
-    second = Server(smol_path, tmp_path / "log2", *options).wait()
+    second = Server(smol_path, tmp_path / "log2", *options, env=ENVIRONMENT).wait()
     try:
         while job.status not in ("succeeded", "failed") and time.monotonic() < deadline + 60:
             time.sleep(0.2)

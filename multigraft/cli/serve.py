@@ -89,14 +89,14 @@ def _command() -> Any:
             rich_help_panel=PANELS[EngineConfig],
         ),
     ]
-    parameters = [_parameter(flag) for flag in flags]
+    parameters = [flag_parameter(flag) for flag in flags]
     parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     serve.__annotations__ = {p.name: p.annotation for p in parameters}
     return serve
 
 
-def _parameter(flag: Flag) -> inspect.Parameter:
+def flag_parameter(flag: Flag) -> inspect.Parameter:
     kind = list[flag.kind] if flag.multiple else flag.kind  # type: ignore[name-defined]
     info: Any
     if flag.name == "model":

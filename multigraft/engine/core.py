@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -71,6 +72,19 @@ class _InFlight:
     launched: Launched | None
 
 
+class StepObserver(Protocol):
+    """Hears of every step, on the engine's thread."""
+
+    def scheduled(self, batch: Batch) -> None:
+        """What was decided, before it runs; also without spans."""
+        ...
+
+    def ran(self, batch: Batch, seconds: float) -> None:
+        """Its results are in. seconds: of the turn of the loop that took them in, from schedule() to schedule(); while
+        there is work, these add up to the time that has passed."""
+        ...
+
+
 @dataclass(slots=True)
 class Counters:
     prompt_tokens: int = 0
@@ -92,6 +106,7 @@ class EngineCore:
         self.scheduler = parts.scheduler
         self.step_end = step_end
         self.trainer = parts.trainer
+        self.observer: StepObserver | None = None
         self.counters = Counters()
         self._clock = StepClock(parts.loaded.device, self.scheduler.training.observe)
         self.error: BaseException | None = None
@@ -103,6 +118,9 @@ class EngineCore:
         self._copies: list[tuple[AdapterMove, object]] = []
         self._in_flight: _InFlight | None = None
         """On a GPU: the step that runs while the host schedules the next one."""
+        self._collected: Batch | None = None
+        """In this turn of the loop."""
+        self._turn_began = 0.0
         self._failures = 0
         self._emitted = False
         self._thread = threading.Thread(target=self._run, name="multigraft-engine", daemon=True)
@@ -185,7 +203,10 @@ class EngineCore:
                 while self._inbox:
                     self._inbox.popleft()()
                 self._finish_copies()
+                self._end_turn()
                 batch = self.scheduler.schedule(self.trainer.work())
+                if self.observer is not None:
+                    self.observer.scheduled(batch)
                 for move in batch.loads:
                     self._start_load(move)
                 if batch or batch.train is not None or self._in_flight is not None:
@@ -205,6 +226,12 @@ class EngineCore:
             self._flush()
             if self.parts.ranks is not None:
                 self.parts.ranks.close()
+
+    def _end_turn(self) -> None:
+        now, batch = time.monotonic(), self._collected
+        if self.observer is not None and batch is not None:
+            self.observer.ran(batch, now - self._turn_began)
+        self._turn_began, self._collected = now, None
 
     def _flush(self) -> None:
         if self._emitted and self.step_end is not None:
@@ -229,7 +256,7 @@ class EngineCore:
             if self.parts.ranks is not None:
                 raise  # the other ranks may be anywhere in the step
             self._failures += 1
-            if batch.train is not None and batch.train.forward:
+            if self.trainer.rides and batch.train is not None and batch.train.forward:
                 # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
                 self.trainer.abandon(error)
                 return
@@ -284,8 +311,7 @@ class EngineCore:
         late = None
         if before is not None and before.launched is not None:
             late = LateTokens(before.launched.tokens, {s.request.id: i for i, s in enumerate(before.spans)})
-        riding = self.trainer.riding(batch.train) if batch.train is not None and batch.train.forward else None
-        output = parts.runner.execute(batch, late, riding)
+        output = parts.runner.execute(batch, late, self.trainer.riding(batch.train))
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
         launched = None
@@ -306,6 +332,7 @@ class EngineCore:
     def _collect(self, step: _InFlight, committed: bool) -> None:
         """Hand a step's results out. committed: the scheduler has it, with PENDING tokens."""
         parts, output = self.parts, step.output
+        self._collected = step.batch
         results: list[Sampled | InvalidLogits] = []
         if step.launched is not None:
             results = parts.sampler.collect(step.launched)

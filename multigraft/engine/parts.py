@@ -98,10 +98,9 @@ class RankParts:
     sites: list[Site]
     """With this rank's sizes."""
     bank: Bank
-    grafts: CpuGrafts | CudaGrafts
     runner: Runner
     kv: PagedKV
-    train_memory: TrainMemory
+    trainer: Trainer
 
 
 def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> EngineParts:
@@ -157,7 +156,7 @@ def _build_lead(config: EngineConfig, progress: Callable[[str], None], ranks: Ra
         store=store,
         scheduler=Scheduler(config.scheduler, pages, residency, TrainingShare(config.training)),
         sampler=Sampler(vocab_size, loaded.device, config.model.seed, eos),
-        trainer=Trainer(TrainModel(loaded.model, rank.grafts), rank.train_memory),
+        trainer=rank.trainer,
         structured=StructuredOutput(loaded.tokenizer, vocab_size, eos) if loaded.tokenizer else None,
         vocab_size=vocab_size,
         ranks=ranks,
@@ -212,7 +211,12 @@ def build_rank(
             group=group,
         )
         progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
-    return RankParts(loaded, sites, bank, grafts, runner, kv, train_memory)
+    trainer = Trainer(TrainModel(model, grafts), train_memory, rides=not on_graphs)
+    if train_memory.compiled and train_memory.budget:
+        started = time.monotonic()
+        trainer.model.warm_up()
+        progress(f"Layers compiled for fine-tuning in {time.monotonic() - started:.0f} s")
+    return RankParts(loaded, sites, bank, runner, kv, trainer)
 
 
 def _make_grafts(
@@ -260,7 +264,7 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int, group
         budget = int(config.cache.kv_cache_gib * GIB)
     elif loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        reserve = total * (1 - config.cache.gpu_memory_utilization) + _activation_bytes(config, loaded) + reserved
+        reserve = total * (1 - config.cache.gpu_memory_utilization) + activation_bytes(config, loaded) + reserved
         budget = int(free - reserve)
     else:
         most = config.scheduler.max_num_seqs * -(-loaded.max_model_len // config.cache.page_size) * page_bytes
@@ -276,7 +280,7 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int, group
     return PagedKV(**shape, num_pages=num_pages, dtype=loaded.dtype, device=loaded.device)
 
 
-def _activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+def activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     """What a step's activations and logits may take: a few MLP-wide rows a token, fp32 logits a sequence."""
     c = loaded.model.config.get_text_config()
     rows = config.scheduler.max_num_batched_tokens * (4 * c.intermediate_size + 8 * c.hidden_size) * 2

@@ -64,7 +64,8 @@ class GraftPoint:
 
     def residual(self, h: torch.Tensor) -> torch.Tensor | None:
         """The residual stream after the adapters; None when h itself was changed."""
-        if self.grafts.train.active and self.grafts.train.residual:
+        train = self.grafts.train
+        if train.active and (train.residual or torch.compiler.is_compiling()):  # compiled once for all adapters
             return trained_residual(h.flatten(0, -2), self.handle, self.site_tensor).view_as(h)
         # A compiled graph takes no input that is another view of what it changes.
         self.add(h, h.clone() if torch.compiler.is_compiling() else h)
