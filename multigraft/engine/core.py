@@ -6,6 +6,7 @@ and hear from it through each submission's sink.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -128,6 +129,7 @@ class EngineCore:
     # From any thread -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        gc.freeze()  # else a full collection looks through all of torch, and stops the loop for 0.4 s now and then
         self._thread.start()
         if self.parts.ranks is not None:
             self.parts.ranks.on_loss(self.fail)
@@ -159,6 +161,7 @@ class EngineCore:
         """Abort what runs and end the thread."""
         self._stopping = True
         self._wake.set()
+        gc.unfreeze()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 

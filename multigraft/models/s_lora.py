@@ -63,23 +63,17 @@ class SLoraCudaGrafts(CudaGrafts):
         super().__init__(*args, **kwargs)
         self.group = group
 
-    def _launch(self, site: Site, y: torch.Tensor, x: torch.Tensor, tiles: Any) -> None:
-        if not exchanges(site):
-            super()._launch(site, y, x, tiles)
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        tiles, where = self._tiles(site), self.sites[site]
+        if tiles is None or not exchanges(where):
+            super().add(site, y, x)
             return
-        from multigraft.kernels import lora_triton
-
-        bank, members = self.bank, len(site.members)
-        width = site.shard.exchange.width // site.gathered
-        tables = (bank.table, bank.b_table)
-        scales = bank.scales[site.index, :, :members]
-        work_a, work_b = (
-            lora_triton.Work(table[site.index, :, :members], scales, tiles.table, tiles.block_m, width)
-            for table in tables
-        )
-        h = lora_triton.shrink(x, bank.arena, work_a, "a", [x.shape[1]]).sum(0)[:, : members * width]
-        h = exchange(self.group, site, h.contiguous())[None]
-        (first, _), *others = site.b_features
-        assert not others or site.gathered > 1, "siblings are split by outputs"
-        widths = [stop - start for start, stop in site.b_features]
-        lora_triton.expand(y[:, first : first + sum(widths)], h, bank.arena, work_b, "b", widths)
+        bank, members = self.bank, len(where.members)
+        width = where.shard.exchange.width // where.gathered
+        work_a = self._work(where, tiles)._replace(max_rank=width)
+        work_b = work_a._replace(table=bank.b_table[site, :, :members])
+        h = self._kernels.shrink(x, bank.arena, work_a, "a", [x.shape[1]]).sum(0)[:, : members * width]
+        h = exchange(self.group, where, h.contiguous())[None]
+        first = where.b_features[0][0]  # not 0 only where B has a slice of the outputs, and then it is alone
+        widths = [stop - start for start, stop in where.b_features]
+        self._kernels.expand(y[:, first : first + sum(widths)], h, bank.arena, work_b, "b", widths)
