@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import save_file
 
 from multigraft import SamplingParams
+from multigraft.adapters.block_diagonal import BD_A, BD_B
 
 if TYPE_CHECKING:
     from multigraft import Engine  # kernel benchmarks run without the engine
@@ -40,19 +41,25 @@ def linear_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int,
     }
 
 
-def write_adapter(folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int) -> Path:
-    """A PEFT folder with random factors for every linear of a Llama-shaped model."""
+def write_adapter(
+    folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int, *, nblocks: int = 1
+) -> Path:
+    """A PEFT folder with random factors for every linear of a Llama-shaped model; nblocks > 1: block-diagonal."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(config.num_hidden_layers):
         for path, (n_in, n_out) in linear_shapes(config).items():
             key = f"base_model.model.model.layers.{layer}.{path}"
-            for factor, shape in (("lora_A", (rank, n_in)), ("lora_B", (n_out, rank))):
+            blocks_a, blocks_b = (nblocks, 1) if path.endswith(BD_A) else (1, nblocks)
+            for factor, shape in (("lora_A", (rank, n_in // blocks_a)), ("lora_B", (n_out, rank // blocks_b))):
                 tensors[f"{key}.{factor}.weight"] = (torch.randn(shape, generator=generator) * 0.01).bfloat16()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = [path.split(".")[-1] for path in linear_shapes(config)]
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    if nblocks > 1:
+        lists = {"target_modules_bd_a": list(BD_A), "target_modules_bd_b": list(BD_B)}
+        fields |= {"use_bdlora": lists | {"nblocks": nblocks, "match_strict": True}}
     (folder / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": targets}))
     return folder
 

@@ -28,7 +28,8 @@ def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site, start: int = 0
         offset += start
         return arena[offset : offset + rows * cols].view(rows, cols)
 
-    parts = zip(block.b, block.ranks, site.out_features, strict=True)
+    widths = (stop - first for first, stop in site.b_features)
+    parts = zip(block.b, (rank * site.gathered for rank in block.ranks), widths, strict=True)
     return Factors(
         a=matrix(block.a, sum(block.ranks), site.in_features),
         b=tuple(matrix(offset, rank, out) for offset, rank, out in parts),
@@ -53,6 +54,11 @@ class Load:
         """Block the calling thread until ready."""
         if self.event is not None:
             self.event.synchronize()
+
+    def join(self) -> None:
+        """Let kernels launched on the current stream from now on wait until ready."""
+        if self.event is not None:
+            self.event.wait()
 
 
 @dataclass(slots=True)
@@ -86,6 +92,7 @@ class Bank:
     in elements of the arena; zeros where the adapter does not act at the site. Offsets of a and c are the member's own,
     within what the site's members have stacked, so that member 0's is where the stack starts even if its rank is 0;
     c is NO_OFFSET where the adapter has none.
+    b_table: `table` as B is multiplied: where ranks gather rows of A (Site.gathered), with the gathered rank.
     scales: (sites, max_slots, max_members) float32 on the device.
     """
 
@@ -106,6 +113,9 @@ class Bank:
         self.arena = torch.zeros(self.capacity, dtype=dtype, device=self.device)
         members = max(len(site.members) for site in sites)
         self.table = torch.zeros(len(sites), max_slots, members, 4, dtype=torch.int64, device=self.device)
+        self.b_table = self.table
+        if any(site.gathered > 1 for site in sites):
+            self.b_table = torch.zeros_like(self.table)
         self.scales = torch.zeros(len(sites), max_slots, members, dtype=torch.float32, device=self.device)
         self.version = 0
         """Grows with every change of a slot or an offset."""
@@ -182,6 +192,7 @@ class Bank:
         if not tenant.load.ready():
             self._join_loads()
         self.table[:, slot].zero_()
+        self.b_table[:, slot].zero_()
         self.scales[:, slot].zero_()
         for index in tenant.sites:
             del self._entries[index][slot]
@@ -219,9 +230,13 @@ class Bank:
         for index, block in tenant.sites.items():
             self._entries[index][slot] = block
         rows, scales = self._rows(tenant)
+        b_rows = rows.clone()
+        b_rows[..., 2] *= torch.tensor([site.gathered for site in self.sites])[:, None]
         if self._stream is not None:
-            rows, scales = rows.pin_memory(), scales.pin_memory()
+            rows, b_rows, scales = rows.pin_memory(), b_rows.pin_memory(), scales.pin_memory()
         self.table[:, slot].copy_(rows, non_blocking=True)
+        if self.b_table is not self.table:
+            self.b_table[:, slot].copy_(b_rows, non_blocking=True)
         self.scales[:, slot].copy_(scales, non_blocking=True)
         self._tenants[slot] = tenant
         self._factors[slot] = {}

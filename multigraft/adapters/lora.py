@@ -1,6 +1,7 @@
 """LoRA and rsLoRA: y = W x + s · B (A x), with s = alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
 
-Activated LoRA (arXiv 2504.12397) is LoRA that acts from an invocation sequence in the prompt on.
+Activated LoRA (arXiv 2504.12397) is LoRA that acts from an invocation sequence in the prompt on. Of block-diagonal
+LoRA (block_diagonal.py) only the stored shapes differ.
 The scale is kept beside the factors and applied by the kernels, once; it is never folded into the weights.
 Field meanings are those of peft 0.21 (tuners/lora/config.py, layer.py).
 """
@@ -16,6 +17,7 @@ from typing import Any
 from multigraft.core.errors import AdapterError
 from multigraft.core.region import EVERYWHERE, FromInvocation, Region
 
+from .block_diagonal import DENSE, BlockDiagonal, Blocks, dense_shape
 from .fields import Fields, is_count, is_number
 from .plan import BaseCopy, MemberFactors, Plan, lay_out
 from .site import Site, SiteKind
@@ -46,7 +48,6 @@ REFUSED = {
     "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "LoRA on bare parameters is not supported",
     "layer_replication": "repeated layers are not supported",
-    "use_bdlora": "block-diagonal LoRA is not supported",
     "use_qalora": "QA-LoRA's pooled inputs are not supported",
     "megatron_config": "Megatron's parallel layers are not supported",
     "arrow_config": "Arrow routing over several adapters is not supported",
@@ -70,6 +71,7 @@ class Lora:
     alpha_pattern: PatternTable
     targets: Targets
     region: Region
+    block_diagonal: BlockDiagonal | None
 
     @classmethod
     def parse(cls, fields: Fields) -> Lora:
@@ -93,6 +95,7 @@ class Lora:
             alpha_pattern=PatternTable.parse(fields, "alpha_pattern", is_number, "finite numbers"),
             targets=Targets.parse(fields),
             region=_region(fields),
+            block_diagonal=BlockDiagonal.parse(fields),
         )
 
     def rank_of(self, path: str) -> int:
@@ -101,6 +104,9 @@ class Lora:
     def scale_of(self, path: str) -> float:
         alpha, rank = self.alpha_pattern.get(path, self.alpha), self.rank_of(path)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def blocks_of(self, path: str, kind: SiteKind) -> Blocks:
+        return self.block_diagonal.of(path) if self.block_diagonal and kind is SiteKind.LINEAR else DENSE
 
     def shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -130,8 +136,11 @@ class Lora:
                     raise AdapterError(f"`{key}` is missing: the file has only one of {path}'s two factors.")
             if not selected:
                 raise AdapterError(f"`{a}` is in the file, but the config's targets do not select {path}.")
-            rank = module.check(a, left.pop(a), b, left.pop(b), config_rank=self.rank_of(path), max_rank=max_rank)
-            modules[path] = MemberFactors(a, b, rank, self.scale_of(path))
+            rank, blocks = self.rank_of(path), self.blocks_of(path, module.site.kind)
+            a_shape = dense_shape(a, left.pop(a), blocks.a, rank, module.in_features)
+            b_shape = dense_shape(b, left.pop(b), blocks.b, module.out_features, rank)
+            module.check(a, a_shape, b, b_shape, config_rank=rank, max_rank=max_rank)
+            modules[path] = MemberFactors(a, b, rank, self.scale_of(path), blocks=blocks)
         if left:
             raise AdapterError(_explain_key(next(iter(left))))
         if not modules:
@@ -175,14 +184,22 @@ class BaseModule:
     site: Site
     member: int
 
+    @property
+    def in_features(self) -> int:
+        return self.site.whole.whole_in
+
+    @property
+    def out_features(self) -> int:
+        return self.site.whole.whole_out[self.member]
+
     def check(
         self, a: str, a_shape: tuple[int, ...], b: str, b_shape: tuple[int, ...], *, config_rank: int, max_rank: int
-    ) -> int:
-        """The rank of its factors; AdapterError when their shapes do not fit it, the config, or the limit."""
+    ) -> None:
+        """AdapterError when the shapes of its dense factors do not fit it, the config, or the limit."""
         takes = "a vocabulary of" if self.site.kind is SiteKind.EMBEDDING else "inputs of size"
         for key, shape, axis, size, what in (
-            (a, a_shape, 1, self.site.in_features, takes),
-            (b, b_shape, 0, self.site.out_features[self.member], "outputs of size"),
+            (a, a_shape, 1, self.in_features, takes),
+            (b, b_shape, 0, self.out_features, "outputs of size"),
         ):
             if len(shape) != 2 or 0 in shape:
                 raise AdapterError(f"`{key}` has shape {list(shape)}, a factor is a matrix.")
@@ -198,7 +215,6 @@ class BaseModule:
             raise AdapterError(f"`{a}` has rank {rank}, but the config says {config_rank} (r, rank_pattern).")
         if rank > max_rank:
             raise AdapterError(f"rank {rank} of {self.path} is over the limit of {max_rank} (--max-lora-rank).")
-        return rank
 
 
 def _take_base_copies(shapes: dict[str, tuple[int, ...]], base: Mapping[str, BaseModule]) -> list[BaseCopy]:

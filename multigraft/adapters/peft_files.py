@@ -10,7 +10,7 @@ import logging
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class AdapterSpec:
     scope: Scope
     region: Region
     plan: Plan
+    other_plans: tuple[Plan, ...]
+    """Of the further ranks of a tensor-parallel engine."""
     base_model: str | None
     """The base model as the adapter names it: a hint, since the same model has many names."""
     fingerprint: Fingerprint
@@ -62,16 +64,21 @@ class AdapterSpec:
         return self.plan.max_rank
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Exact size of the packed block."""
-        return self.plan.numel * dtype.itemsize
+        """Exact size of the packed block, the largest of all ranks'."""
+        return max(plan.numel for plan in (self.plan, *self.other_plans)) * dtype.itemsize
 
 
-def inspect(folder: str | Path, sites: Sequence[Site], *, max_rank: int) -> AdapterSpec:
-    """Check the config and the tensors' names and shapes; AdapterError says what cannot be used, and why."""
+def inspect(
+    folder: str | Path, sites: Sequence[Site], *, max_rank: int, other_ranks: Sequence[Sequence[Site]] = ()
+) -> AdapterSpec:
+    """Check the config and the tensors' names and shapes; AdapterError says what cannot be used, and why.
+
+    other_ranks: the sites of each further rank of a tensor-parallel engine.
+    """
     folder = Path(folder).expanduser().absolute()
     with _blame(folder):
         fingerprint = _fingerprint(folder)
-        fields = Fields(_read_config(folder / CONFIG))
+        fields = Fields(read_config(folder / CONFIG))
         fields.ignore("task_type", "inference_mode", "revision", "auto_mapping", "peft_version")
         base_model = fields.take("base_model_name_or_path")
         scope = as_scope(fields.take("adapter_scope"), "adapter_scope")
@@ -81,12 +88,14 @@ def inspect(folder: str | Path, sites: Sequence[Site], *, max_rank: int) -> Adap
             raise AdapterError(f"peft_type is {peft_type!r}; supported: {', '.join(METHODS)}.")
         parsed = method.parse(fields)
         fields.finish()
-        plan = parsed.plan(_read_shapes(folder / WEIGHTS), sites, max_rank=max_rank)
+        shapes = _read_shapes(folder / WEIGHTS)
+        plan, *other_plans = (parsed.plan(shapes, own, max_rank=max_rank) for own in (sites, *other_ranks))
         return AdapterSpec(
             folder=folder,
             scope=parsed.region.check(scope or parsed.region.scopes[0]),
             region=parsed.region,
             plan=plan,
+            other_plans=tuple(other_plans),
             base_model=base_model,
             fingerprint=fingerprint,
         )
@@ -110,6 +119,7 @@ def read(
         try:
             with TensorFile(spec.folder / WEIGHTS) as tensors:
                 packed = pack(spec.plan, tensors.read, dtype, pin=pin)
+                others = tuple(pack(plan, tensors.read, dtype) for plan in spec.other_plans)
                 if base_parameter is not None:
                     for copy in spec.plan.base_copies:
                         _check_base_copy(copy.key, tensors.read(copy.key), base_parameter(copy.parameter))
@@ -118,7 +128,7 @@ def read(
             _check_unchanged(spec)  # the likelier cause, when another file was put in its place meanwhile
             raise
         _check_unchanged(spec)
-        return packed
+        return replace(packed, others=others)
 
 
 class TensorFile:
@@ -222,7 +232,7 @@ def _check_unchanged(spec: AdapterSpec) -> None:
         raise AdapterError("its files changed on disk since it was registered; reload it to serve the new ones.")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
         raise AdapterError(f"{CONFIG} has {size} bytes, over the limit of {MAX_CONFIG_BYTES}.")

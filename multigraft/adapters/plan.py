@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
 from multigraft.core.errors import AdapterError
 from multigraft.core.region import Region
 
+from .block_diagonal import DENSE, Blocks, to_dense
 from .fields import Fields
-from .site import PackedAdapter, Site, SiteBlock
+from .site import PackedAdapter, Range, Site, SiteBlock
 
 ALIGN = 64
 """Elements that every factor and every block is aligned to: 128 bytes in bf16, a GPU memory transaction."""
@@ -31,8 +32,14 @@ class Piece:
     offset: int
     """Elements from the block's start."""
     transpose: bool
+    part: tuple[Range, ...]
+    """What of the dense, transposed tensor goes there, axis by axis."""
+    shape: tuple[int, ...]
+    """Of the place; larger than the part where that is padded with zeros."""
     minus: str | None = None
     """A tensor to subtract from it first."""
+    blocks: int = 1
+    """The tensor's rows are this many blocks of a block-diagonal matrix, one below the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,40 +101,56 @@ class MemberFactors:
     """Subtracted from the tensor `a` to make A."""
     c: str | None = None
     """None is zero."""
+    blocks: Blocks = DENSE
+    """Of the tensors `a` and `b`, if they are stored block by block."""
 
 
 def lay_out(sites: Sequence[Site], modules: Mapping[str, MemberFactors], base_copies: Iterable[BaseCopy] = ()) -> Plan:
-    """One block for an adapter with the given factors, by module path: for each site the A's, each Bᵀ, the c's."""
+    """One block for an adapter with the given factors, by module path: for each site the A's, each Bᵀ, the c's.
+
+    Of a site that is one rank's shard, the block holds what this rank multiplies.
+    """
     blocks: dict[int, SiteBlock] = {}
     pieces: list[Piece] = []
     end = 0
+
+    def place(key: str, transpose: bool, part: tuple[Range, ...], shape: tuple[int, ...], **how: Any) -> None:
+        nonlocal end
+        pieces.append(Piece(key, end, transpose, part, shape, **how))
+        end += math.prod(shape)
+
     for site in sites:
         members = [modules.get(path) for path in site.members]
         if not any(members):
             continue
+        parts = [_Part.of(f, site, m) if f else None for m, f in enumerate(members)]
         a = end
-        for f in members:
-            if f:
-                pieces.append(Piece(f.a, end, transpose=False, minus=f.minus))
-                end += f.rank * site.in_features
+        for f, part in zip(members, parts, strict=True):
+            if f and part:
+                shape = (part.rows, site.in_features)
+                place(f.a, False, (part.a, site.whole.inputs), shape, minus=f.minus, blocks=f.blocks.a)
         b: list[int] = []
-        for f, out in zip(members, site.out_features, strict=True):
+        for m, (f, part) in enumerate(zip(members, parts, strict=True)):
             end = align(end)
             b.append(end)
-            if f:
-                pieces.append(Piece(f.b, end, transpose=not f.b_is_transposed))
-                end += f.rank * out
+            if f and part:
+                first, stop = site.b_features[m]
+                start, limit = site.whole.outputs[m]
+                columns = (start + first, min(limit, start + stop))
+                shape = (part.rows * site.gathered, stop - first)
+                place(f.b, not f.b_is_transposed, (part.b, columns), shape, blocks=f.blocks.b)
         end = align(end)
         c = None
         if any(f and f.c for f in members):
             c = end
-            for f in members:
-                if f and f.c:
-                    pieces.append(Piece(f.c, end, transpose=False))
-                end += f.rank if f else 0
+            for f, part in zip(members, parts, strict=True):
+                if f and part and f.c:
+                    place(f.c, False, (part.a,), (part.rows,))
+                else:
+                    end += part.rows if part else 0
             end = align(end)
         blocks[site.index] = SiteBlock(
-            ranks=tuple(f.rank if f else 0 for f in members),
+            ranks=tuple(part.rows if part else 0 for part in parts),
             scales=tuple(f.scale if f else 0.0 for f in members),
             a=a,
             b=tuple(b),
@@ -142,6 +165,40 @@ def lay_out(sites: Sequence[Site], modules: Mapping[str, MemberFactors], base_co
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Which of an adapter's ranks a block holds at a module."""
+
+    a: Range
+    """Rows of A."""
+    b: Range
+    """Rows of Bᵀ."""
+    rows: int
+    """Of A in the block, with what pads them."""
+
+    @classmethod
+    def of(cls, f: MemberFactors, site: Site, member: int) -> _Part:
+        shard = site.whole
+        if shard.exchange is not None:
+            rows = shard.exchange.width // site.gathered
+            first = shard.exchange.rank * rows if site.gathered > 1 else 0
+            return cls((min(first, f.rank), min(first + rows, f.rank)), (0, f.rank), rows)
+        first, stop = 0, f.rank
+        if shard.narrow:
+            # A block-diagonal factor has ranks for the blocks that this rank's features lie in, and no others.
+            if f.blocks.a > 1:
+                first, stop = _ranks_of(shard.inputs, shard.whole_in, f.blocks.a, f.rank)
+            elif f.blocks.b > 1:
+                first, stop = _ranks_of(shard.outputs[member], shard.whole_out[member], f.blocks.b, f.rank)
+        return cls((first, stop), (first, stop), stop - first)
+
+
+def _ranks_of(features: Range, whole: int, blocks: int, rank: int) -> Range:
+    """The ranks of the blocks that some features lie in."""
+    size, ranks = whole // blocks, rank // blocks
+    return features[0] // size * ranks, -(-features[1] // size) * ranks
+
+
 def pack(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:
     """Fill the plan's block; `tensor` reads a tensor by its key.
 
@@ -152,8 +209,13 @@ def pack(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, 
         source = tensor(piece.key)
         if piece.minus is not None:
             source = source.float() - tensor(piece.minus).float()
-        oriented = source.T if piece.transpose else source
-        target = block[piece.offset : piece.offset + source.numel()].view(oriented.shape)
+        oriented = to_dense(source, piece.blocks)
+        oriented = oriented.T if piece.transpose else oriented
+        oriented = oriented[tuple(slice(*r) for r in piece.part)]
+        target = block[piece.offset : piece.offset + math.prod(piece.shape)].view(piece.shape)
+        target = target[tuple(slice(n) for n in oriented.shape)]
+        if not target.numel():
+            continue
         target.copy_(oriented)
         if not _is_finite(target):
             if _is_finite(source):

@@ -95,10 +95,13 @@ class AdapterStore:
         max_host_bytes: int | None = None,
         pin: bool = False,
         base_parameter: Callable[[str], torch.Tensor] | None = None,
+        other_ranks: Sequence[Sequence[Site]] = (),
     ):
         """base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
-        pin: page-locked host memory, for CUDA. base_parameter: see peft_files.read."""
+        pin: page-locked host memory, for CUDA. base_parameter: see peft_files.read.
+        other_ranks: the sites of each further rank of a tensor-parallel engine."""
         self._sites = list(sites)
+        self._other_ranks = other_ranks
         self._config = config
         self._dtype = dtype
         self._base_name = base_name
@@ -293,7 +296,8 @@ class AdapterStore:
         self, name: str, path: Path, scope: Scope | None, *, validate: bool
     ) -> tuple[_Version, PackedAdapter | None]:
         """Inspect a folder, read it if asked to, and make a version of it that is not registered yet."""
-        spec = peft_files.inspect(path, self._sites, max_rank=self._config.max_lora_rank)
+        max_rank = self._config.max_lora_rank
+        spec = peft_files.inspect(path, self._sites, max_rank=max_rank, other_ranks=self._other_ranks)
         nbytes = spec.nbytes(self._dtype)
         if self._capacity_bytes is not None and nbytes > self._capacity_bytes:
             raise CapacityExceeded(

@@ -32,3 +32,37 @@ def import_pyreft(
 
         pyreft.import_pyreft(source, target, positions=positions, scope=scope)
     typer.echo(f"Wrote {target}")
+
+
+@app.command("to-dense")
+def to_dense(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a block-diagonal LoRA (use_bdlora).")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+) -> None:
+    """Convert a block-diagonal LoRA into an ordinary one, the same function."""
+    with user_errors():
+        from multigraft.adapters import convert
+
+        convert.make_dense(source, target)
+    typer.echo(f"Wrote {target}")
+
+
+@app.command("to-block-diagonal")
+def to_block_diagonal(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a LoRA.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+    nblocks: Annotated[int, typer.Option(help="Blocks: the tensor-parallel size it is to be served at.")],
+) -> None:
+    """Convert a LoRA into the nearest block-diagonal one of its ranks, and print how far off each module is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with user_errors():
+        from multigraft.adapters import convert
+
+        report = convert.make_block_diagonal(source, target, nblocks)
+    table = Table("module", "rank", "relative error")
+    for module in report:
+        table.add_row(module.path, str(module.rank), f"{module.error:.4f}")
+    Console().print(table)
+    typer.echo(f"Wrote {target}")

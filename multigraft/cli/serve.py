@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import json
 import logging
+import os
 import shlex
 import sys
 from dataclasses import MISSING
@@ -21,6 +22,7 @@ from multigraft.core.config import (
     CacheConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     ServerConfig,
     TrainingConfig,
@@ -143,6 +145,11 @@ def run(values: dict[str, Any]) -> None:
     engine_config = build_engine_config(values)
     server_config = build(ServerConfig, values)
     _set_up_logging(server_config)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        from multigraft.engine.worker import run_under_torchrun
+
+        run_under_torchrun(engine_config)
+        return
     with user_errors(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(engine_config, server_config))
 
@@ -155,6 +162,7 @@ def build_engine_config(values: dict[str, Any]) -> EngineConfig:
         cache=build(CacheConfig, values),
         scheduler=build(SchedulerConfig, values),
         adapters=build(AdapterConfig, values),
+        parallel=build(ParallelConfig, values),
         training=build(TrainingConfig, values),
     )
 

@@ -79,6 +79,19 @@ class AdapterConfig:
     """Folder of adapter folders, registered by name and loaded on first use."""
 
 
+LoraSharding = Literal["auto", "block-diagonal", "replicated", "s-lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor_parallel_size: int = 1
+    """GPUs, or processes on the CPU, that hold the model together; it must divide the model's attention heads."""
+    lora_sharding: LoraSharding = "auto"
+    """How adapters lie over them. block-diagonal: nothing is exchanged, and a block-diagonal LoRA is split without any
+    copy; other adapters as replicated. replicated: a rank has all ranks of both factors. s-lora: both factors are
+    split and the product with the first is exchanged. auto is block-diagonal."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     max_training_jobs: int = 4
@@ -100,6 +113,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data_dir: Path = Path("~/.cache/multigraft")
     """Converted models, compiled kernels and state live here."""

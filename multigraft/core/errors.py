@@ -87,6 +87,13 @@ class InvalidLogits(MultigraftError, ArithmeticError):
     code = "invalid_logits"
 
 
+class RankLost(MultigraftError):
+    """A process of a tensor-parallel engine has ended, and the engine with it."""
+
+    status = 503
+    code = "rank_lost"
+
+
 class JobFailed(MultigraftError):
     """A training job cannot go on; the others, and serving, do."""
 

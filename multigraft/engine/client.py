@@ -6,7 +6,7 @@ Every method that takes user input raises core.errors.MultigraftError subclasses
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +61,8 @@ class EngineStats:
     adapter_loads: int = 0
     adapter_load_seconds: float = 0.0
     steps: int = 0
+    collectives: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Under tensor parallelism, by kind: calls, and bytes of one rank's tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,6 +111,7 @@ class EngineCore:
         self.counters = Counters()
         self._clock = StepClock(parts.loaded.device, self.scheduler.training.observe)
         self.error: BaseException | None = None
+        self._fatal: MultigraftError | None = None
         self._live: dict[str, Submission] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -130,6 +131,13 @@ class EngineCore:
     def start(self) -> None:
         gc.freeze()  # else a full collection looks through all of torch, and stops the loop for 0.4 s now and then
         self._thread.start()
+        if self.parts.ranks is not None:
+            self.parts.ranks.on_loss(self.fail)
+
+    def fail(self, error: MultigraftError) -> None:
+        """End the engine: what runs fails with the error."""
+        self._fatal = error
+        self._wake.set()
 
     def post(self, function: Callable[[], None]) -> None:
         """Run `function` on the engine's thread, soon."""
@@ -141,7 +149,7 @@ class EngineCore:
         if self.error is not None or self._stopping:
             if submission.request.adapter is not None:
                 self.parts.store.release(submission.request.adapter)
-            raise ShuttingDown("The engine has stopped and takes no requests.")
+            raise self._fatal or ShuttingDown("The engine has stopped and takes no requests.")
         submission.submitted_at = time.monotonic()
         self.post(partial(self._add, submission))
 
@@ -184,6 +192,7 @@ class EngineCore:
             adapter_loads=c.adapter_loads,
             adapter_load_seconds=c.adapter_load_seconds,
             steps=c.steps,
+            collectives=dict(self.parts.ranks.group.counts) if self.parts.ranks else {},
         )
 
     # On the engine's thread ------------------------------------------------------------------------------------
@@ -192,6 +201,8 @@ class EngineCore:
         try:
             while not self._stopping:
                 self._wake.clear()
+                if self._fatal is not None:
+                    raise self._fatal
                 while self._inbox:
                     self._inbox.popleft()()
                 self._finish_copies()
@@ -208,13 +219,16 @@ class EngineCore:
                     self._clock.idle()
                     self._wake.wait(0.001 if self._copies else 1.0)
         except BaseException as error:
-            self.error = error
+            self.error = self.parts.ranks.blame(error) if self.parts.ranks else error
             log.exception("The engine has died")
         finally:
+            reason = self.error if isinstance(self.error, MultigraftError) else ShuttingDown("The engine has stopped.")
             self.trainer.stop_all()
             for submission in list(self._live.values()):
-                self._end(submission, FinishReason.ABORT, error=ShuttingDown("The engine has stopped."))
+                self._end(submission, FinishReason.ABORT, error=reason)
             self._flush()
+            if self.parts.ranks is not None:
+                self.parts.ranks.close()
 
     def _end_turn(self) -> None:
         now, batch = time.monotonic(), self._collected
@@ -242,6 +256,8 @@ class EngineCore:
             self._step(batch)
             self._failures = 0
         except Exception as error:
+            if self.parts.ranks is not None:
+                raise  # the other ranks may be anywhere in the step
             self._failures += 1
             if self.trainer.rides and batch.train is not None and batch.train.forward:
                 # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
@@ -323,6 +339,8 @@ class EngineCore:
         results: list[Sampled | InvalidLogits] = []
         if step.launched is not None:
             results = parts.sampler.collect(step.launched)
+            if self._fatal is not None:
+                raise self._fatal  # what the collectives of the step gave is void
         unscored: dict[str, InvalidLogits] = {}
         row = output.num_sampled
         for i, first, num in output.scored:
@@ -457,7 +475,7 @@ class EngineCore:
         for slot in move.empties:
             self.parts.bank.unload(slot)
         self.counters.load_started[move.ref.uid] = time.monotonic()
-        future = self.parts.store.fetch(move.ref)
+        future = self.parts.fetch(move)
         future.add_done_callback(lambda f: self.post(partial(self._to_device, move, f)))
 
     def _to_device(self, move: AdapterMove, fetched: Future) -> None:  # type: ignore[type-arg]

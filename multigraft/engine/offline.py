@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from multigraft.core.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from multigraft.core.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.region import Scope, as_scope
 from multigraft.core.request import FinishReason, Output, SamplingParams, TokenLogprobs
@@ -174,7 +181,13 @@ class Engine:
 
 def make_config(model: str, **settings: Any) -> EngineConfig:
     """An EngineConfig from flat field names of its parts; a name that none has is refused with the choices."""
-    parts = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "adapters": AdapterConfig}
+    parts = {
+        "model": ModelConfig,
+        "cache": CacheConfig,
+        "scheduler": SchedulerConfig,
+        "adapters": AdapterConfig,
+        "parallel": ParallelConfig,
+    }
     chosen: dict[str, dict[str, Any]] = {name: {} for name in parts}
     chosen["model"]["model"] = model
     top: dict[str, Any] = {}

@@ -8,17 +8,21 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from multigraft.adapters.bank import Bank
-from multigraft.adapters.site import Site, SiteKind
+from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.adapters.store import AdapterStore, parse_lora_module
+from multigraft.core.batch import AdapterMove
 from multigraft.core.config import EngineConfig
-from multigraft.core.errors import CapacityExceeded
+from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftError
+from multigraft.engine.ranks import LeadBank, Ranks, without_training
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredOutput
 from multigraft.engine.train_memory import TrainMemory
@@ -29,12 +33,17 @@ from multigraft.models import attention, backends, graft
 from multigraft.models.cuda_graphs import DecodeGraphs
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
+from multigraft.models.parallel import Group
 from multigraft.models.runner import Runner
+from multigraft.models.s_lora import SLoraCudaGrafts
 from multigraft.models.segments import CudaGrafts
 from multigraft.models.train_pass import TrainModel
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
 from multigraft.scheduling.training import TrainingShare
+
+if TYPE_CHECKING:
+    from multigraft.models.cpu_grafts import CpuGrafts
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +67,13 @@ class EngineParts:
     structured: StructuredOutput | None
     """None when there is no tokenizer."""
     vocab_size: int
+    ranks: Ranks | None = None
+    """The other ranks of a tensor-parallel engine."""
+
+    def fetch(self, move: AdapterMove) -> Future[PackedAdapter]:
+        """The adapter in host memory, that of every rank."""
+        fetched = self.store.fetch(move.ref)
+        return self.ranks.send(move, fetched) if self.ranks else fetched
 
     @property
     def tokenizer(self) -> Any:
@@ -77,16 +93,95 @@ class EngineParts:
         return min(self.loaded.max_model_len, self.kv_tokens)
 
 
+@dataclass(slots=True)
+class RankParts:
+    """What every rank of a tensor-parallel engine has; a single process has it whole."""
+
+    loaded: LoadedModel
+    sites: list[Site]
+    """With this rank's sizes."""
+    bank: Bank
+    runner: Runner
+    kv: PagedKV
+    trainer: Trainer
+
+
 def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> EngineParts:
     """Load the model and lay out memory. Raises MultigraftError for what the user can mend."""
+    size = config.parallel.tensor_parallel_size
+    if size < 1:
+        raise InvalidRequest(f"tensor_parallel_size is {size}; it must be 1 or more.", param="tensor_parallel_size")
+    if size == 1:
+        return _build_lead(config, progress, None)
+    progress("Fine-tuning is off: it does not run with tensor parallelism yet")
+    config = without_training(config)
+    ranks = Ranks(config)
+    try:
+        return _build_lead(config, progress, ranks)
+    except BaseException as error:
+        cause = error if isinstance(error, MultigraftError) else ranks.blame(error)
+        ranks.close()
+        raise cause from error
+
+
+def _build_lead(config: EngineConfig, progress: Callable[[str], None], ranks: Ranks | None) -> EngineParts:
+    group = ranks.group if ranks else None
+    rank = build_rank(config, group, partial(LeadBank, ranks) if ranks else Bank, progress)
+    loaded, bank, sites = rank.loaded, rank.bank, rank.sites
+    if ranks:
+        rank.runner.announce = ranks.announce
+        ranks.wait_until_ready()
+    store = AdapterStore(
+        sites,
+        config.adapters,
+        loaded.dtype,
+        base_name=loaded.name,
+        capacity_bytes=bank.capacity_bytes,
+        pin=loaded.device.type == "cuda",
+        base_parameter=None if ranks else lambda path: _attribute(loaded.model, path),
+        other_ranks=[_rank_sites(config, loaded, sites, i) for i in range(1, group.size)] if group else (),
+    )
+    for text in config.adapters.lora_modules:
+        module = parse_lora_module(text)
+        store.register(module.name, module.path, scope=module.scope)
+    if config.adapters.lora_dir is not None:
+        count = store.register_dir(config.adapters.lora_dir)
+        progress(f"{count} adapters registered from {config.adapters.lora_dir}")
+    pages = PagePool(rank.kv.num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
+    residency = Residency(max_slots=config.adapters.max_loras, max_bytes=bank.capacity_bytes)
+    vocab_size, eos = loaded.vocab_size, loaded.eos_token_ids
+    return EngineParts(
+        config=config,
+        loaded=loaded,
+        sites=sites,
+        runner=rank.runner,
+        bank=bank,
+        store=store,
+        scheduler=Scheduler(config.scheduler, pages, residency, TrainingShare(config.training)),
+        sampler=Sampler(vocab_size, loaded.device, config.model.seed, eos),
+        trainer=rank.trainer,
+        structured=StructuredOutput(loaded.tokenizer, vocab_size, eos) if loaded.tokenizer else None,
+        vocab_size=vocab_size,
+        ranks=ranks,
+    )
+
+
+def build_rank(
+    config: EngineConfig,
+    group: Group | None,
+    make_bank: Callable[..., Bank] = Bank,
+    progress: Callable[[str], None] = log.info,
+) -> RankParts:
+    """The model, its adapters' and keys' memory, and what runs them. All ranks of the group call it together."""
     data_dir = Path(config.data_dir).expanduser()
-    loaded = load_model(config.model, data_dir, attn_implementation=attention.IMPLEMENTATION)
+    loaded = load_model(config.model, data_dir, attn_implementation=attention.IMPLEMENTATION, group=group)
     if loaded.device.type == "cpu":
         _keep_freed_memory()
     model = loaded.model
-    vocab_size = model.get_input_embeddings().num_embeddings
     sites = graft.find_sites(model)
-    bank = Bank(
+    if group:
+        sites = _rank_sites(config, loaded, sites, group.rank)
+    bank = make_bank(
         sites,
         max_slots=config.adapters.max_loras,
         capacity_bytes=adapter_bytes(config, sites, loaded.dtype),
@@ -94,17 +189,13 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         device=loaded.device,
     )
     head = _head_path(model)
-    grafts: CudaGrafts | CpuGrafts
-    if loaded.device.type == "cuda":
-        grafts = CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
-    else:
-        from multigraft.models.cpu_grafts import CpuGrafts  # here, as CUDA needs no Numba
-
-        grafts = CpuGrafts(sites, bank, head)
+    grafts = _make_grafts(config, loaded, sites, bank, head, group)
     graft.graft(model, sites, grafts)
+    if group and loaded.split:
+        loaded.split.connect(model, group)
     train_memory = TrainMemory.plan(config.training, loaded)
-    kv = _allocate_kv(config, loaded, train_memory.budget)
-    num_heads = model.config.get_text_config().num_attention_heads
+    kv = _allocate_kv(config, loaded, train_memory.budget, group)
+    num_heads = model.config.get_text_config().num_attention_heads // (group.size if group else 1)
     backend = backends.choose(config.model.attention_backend, kv, num_heads)
     attention.attach(model, backend, grafts.train)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
@@ -115,7 +206,13 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
     if on_graphs:
         started = time.monotonic()
         runner.graphs = DecodeGraphs(
-            model, backend, grafts, max_rows=config.scheduler.max_num_seqs, max_len=loaded.max_model_len
+            model,
+            backend,
+            grafts,
+            max_rows=config.scheduler.max_num_seqs,
+            max_len=loaded.max_model_len,
+            vocab_size=loaded.vocab_size,
+            group=group,
         )
         progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
     trainer = Trainer(TrainModel(model, grafts), train_memory, rides=not on_graphs)
@@ -123,36 +220,30 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         started = time.monotonic()
         trainer.model.warm_up()
         progress(f"Layers compiled for fine-tuning in {time.monotonic() - started:.0f} s")
-    store = AdapterStore(
-        sites,
-        config.adapters,
-        loaded.dtype,
-        base_name=loaded.name,
-        capacity_bytes=bank.capacity_bytes,
-        pin=loaded.device.type == "cuda",
-        base_parameter=lambda path: _attribute(model, path),
-    )
-    for text in config.adapters.lora_modules:
-        module = parse_lora_module(text)
-        store.register(module.name, module.path, scope=module.scope)
-    if config.adapters.lora_dir is not None:
-        count = store.register_dir(config.adapters.lora_dir)
-        progress(f"{count} adapters registered from {config.adapters.lora_dir}")
-    pages = PagePool(kv.num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
-    residency = Residency(max_slots=config.adapters.max_loras, max_bytes=bank.capacity_bytes)
-    return EngineParts(
-        config=config,
-        loaded=loaded,
-        sites=sites,
-        runner=runner,
-        bank=bank,
-        store=store,
-        scheduler=Scheduler(config.scheduler, pages, residency, TrainingShare(config.training)),
-        sampler=Sampler(vocab_size, loaded.device, config.model.seed, loaded.eos_token_ids),
-        trainer=trainer,
-        structured=(StructuredOutput(loaded.tokenizer, vocab_size, loaded.eos_token_ids) if loaded.tokenizer else None),
-        vocab_size=vocab_size,
-    )
+    return RankParts(loaded, sites, bank, runner, kv, trainer)
+
+
+def _make_grafts(
+    config: EngineConfig, loaded: LoadedModel, sites: list[Site], bank: Bank, head: str | None, group: Group | None
+) -> CpuGrafts | CudaGrafts:
+    s_lora = group if config.parallel.lora_sharding == "s-lora" else None
+    if loaded.device.type == "cuda":
+        max_rank = config.adapters.max_lora_rank
+        if s_lora:
+            return SLoraCudaGrafts(s_lora, sites, bank, head, max_rank=max_rank)
+        return CudaGrafts(sites, bank, head, max_rank=max_rank)
+    from multigraft.models import cpu_grafts  # here, as CUDA needs no Numba
+
+    if s_lora:
+        return cpu_grafts.SLoraCpuGrafts(s_lora, sites, bank, head)
+    return cpu_grafts.CpuGrafts(sites, bank, head)
+
+
+def _rank_sites(config: EngineConfig, loaded: LoadedModel, sites: list[Site], rank: int) -> list[Site]:
+    """The sites of the split model as they are on another rank, or this one."""
+    assert loaded.split is not None
+    sharding, max_rank = config.parallel.lora_sharding, config.adapters.max_lora_rank
+    return [loaded.split.site(site, rank, sharding, max_rank) for site in sites]
 
 
 def adapter_bytes(config: EngineConfig, sites: list[Site], dtype: torch.dtype) -> int:
@@ -160,17 +251,20 @@ def adapter_bytes(config: EngineConfig, sites: list[Site], dtype: torch.dtype) -
     if config.adapters.adapter_memory_gib is not None:
         return int(config.adapters.adapter_memory_gib * GIB)
     rank = min(DEFAULT_RANK, config.adapters.max_lora_rank)
+    if config.parallel.lora_sharding == "s-lora":
+        rank = config.adapters.max_lora_rank  # what all are padded to
     linears = [s for s in sites if s.kind is SiteKind.LINEAR and ".layers." in f".{s.members[0]}"]
     elements = sum(rank * (len(s.members) * s.in_features + sum(s.out_features)) for s in linears)
     return config.adapters.max_loras * elements * dtype.itemsize
 
 
-def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int) -> PagedKV:
+def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int, group: Group | None) -> PagedKV:
     """reserved: bytes to leave for fine-tuning."""
     c = loaded.model.config.get_text_config()
+    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     shape = {
         "num_layers": c.num_hidden_layers,
-        "num_kv_heads": getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        "num_kv_heads": loaded.split.kv_heads if loaded.split else kv_heads,
         "head_dim": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
         "page_size": config.cache.page_size,
     }
@@ -185,6 +279,8 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int) -> Pa
         most = config.scheduler.max_num_seqs * -(-loaded.max_model_len // config.cache.page_size) * page_bytes
         budget = min(DEFAULT_CPU_KV_BYTES, most)
     num_pages = budget // page_bytes
+    if group:
+        num_pages = group.least(num_pages)
     if num_pages < 2:
         raise CapacityExceeded(
             f"The KV cache may take {max(budget, 0) / GIB:.2f} GiB, but a page of {config.cache.page_size} tokens "

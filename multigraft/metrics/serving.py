@@ -134,6 +134,15 @@ class _EngineCollector:
                 family.add_metric([self.model_name], read(stats))
                 yield family
 
+        for name, text, i in (
+            ("multigraft:collectives", "Collectives of tensor parallelism, by kind.", 0),
+            ("multigraft:collective_bytes", "Bytes of one rank's tensors in them.", 1),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["model_name", "kind"])
+            for kind, counts in stats.collectives.items():
+                counter.add_metric([self.model_name, kind], counts[i])
+            yield counter
+
         # vLLM's convention, which gateways parse: names in labels, the time of the reading as the value.
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora_gemm import add_equal_segments, add_segment, is_wide
 from multigraft.kernels.lora_numba import SiteAdapters, Tiles
+from multigraft.models.parallel import Group
+from multigraft.models.s_lora import exchange, exchanges
 from multigraft.models.segments import NO_SLOT, add_embedding, cut_segments
 from multigraft.models.train_rows import TrainContext
 
@@ -87,6 +90,34 @@ class CpuGrafts:
         for (start, stop, _), factors in zip(run, found, strict=True):
             if factors is not None:
                 add_segment(y[start:stop], x[start:stop], factors)
+
+
+class SLoraCpuGrafts(CpuGrafts):
+    """Segment by segment: for tests, and no fast path."""
+
+    def __init__(self, group: Group, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+    def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+        where = self.sites[site]
+        if not exchanges(where):
+            super().add(site, y, x)
+            return
+        assert self._body is not None
+        found = [(slice(a, b), self.bank.factors(site, slot)) for a, b, slot in self._body.segments]
+        adapted = [(rows, f) for rows, f in found if f is not None]
+        h = x.new_zeros(len(x), len(where.members) * where.shard.exchange.width // where.gathered)
+        for rows, f in adapted:
+            h[rows, : len(f.a)] = x[rows] @ f.a.T
+        h = exchange(self.group, where, h)
+        for rows, f in adapted:
+            row = col = 0
+            for out, b, scale, (first, stop) in zip(where.out_features, f.b, f.scales, where.b_features, strict=True):
+                if len(b):
+                    y[rows, col + first : col + stop].addmm_(h[rows, row : row + len(b)], b, alpha=scale)
+                row += len(b)
+                col += out
 
 
 def _equal_runs(segments: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

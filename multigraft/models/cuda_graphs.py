@@ -18,6 +18,7 @@ from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles, max_tiles
 from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
+from multigraft.models.parallel import Counts, Group
 from multigraft.models.segments import NO_SLOT, CudaGrafts
 
 if TYPE_CHECKING:
@@ -37,9 +38,18 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: nn.Module, attention: FlashInferBackend, grafts: CudaGrafts, *, max_rows: int, max_len: int
+        self,
+        model: nn.Module,
+        attention: FlashInferBackend,
+        grafts: CudaGrafts,
+        *,
+        max_rows: int,
+        max_len: int,
+        vocab_size: int,
+        group: Group | None = None,
     ):
-        """max_rows: requests of a step; max_len: tokens of a request."""
+        """max_rows: requests of a step; max_len: tokens of a request. group: of the ranks that capture and replay the
+        same steps with this one, in the same order."""
         self.model = model
         self.attention = attention
         self.grafts = grafts
@@ -50,11 +60,12 @@ class DecodeGraphs:
             max_pages=self.sizes[-1] * -(-max_len // attention.kv.page_size),
             device=attention.kv.k.device,
         )
-        vocab = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         dtype = attention.kv.k.dtype
-        self._logits = torch.empty(self.sizes[-1], vocab, dtype=dtype, device=attention.kv.k.device)
+        self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
         self._graphs: dict[tuple[int, frozenset[SiteKind]], torch.cuda.CUDAGraph] = {}
+        self._group = group
+        self._collectives: dict[tuple[int, frozenset[SiteKind]], Counts] = {}
         grafts.warm_up()
         self._capture_all()
 
@@ -78,6 +89,8 @@ class DecodeGraphs:
         kinds = self._kinds(batch)
         assert kinds is not None
         self._graphs[size, kinds].replay()
+        if self._group is not None:
+            self._group.count(self._collectives[size, kinds])
         return self._logits[: len(batch.spans)]
 
     def _kinds(self, batch: Batch) -> frozenset[SiteKind] | None:
@@ -136,7 +149,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory. A first pass outside compiles, tunes and plans."""
+        """Largest first, so that the smaller ones fit into its memory. First passes outside compile, tune and plan."""
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             num_tiles = max_tiles(size, self.grafts.bank.max_slots)
@@ -148,9 +161,13 @@ class DecodeGraphs:
                 self._forward(size)  # for each: a kernel may be tuned anew for another size, which a capture forbids
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
+                if self._group is not None:
+                    self._group.counts = self._collectives[size, kinds] = {}
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self._forward(size)
                 self._graphs[size, kinds] = graph
+                if self._group is not None:
+                    self._group.counts = {}  # not of the next one's pass outside
 
 
 class _Inputs:

@@ -19,6 +19,8 @@ from transformers import (
 from multigraft.core.config import ModelConfig
 from multigraft.core.errors import ModelNotSupported
 from multigraft.models.gguf import convert_gguf
+from multigraft.models.load_shard import load_shard
+from multigraft.models.parallel import Group, Split
 from multigraft.models.support import check_supported
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -38,12 +40,18 @@ class LoadedModel:
     device: torch.device
     name: str
     """What clients call it."""
+    vocab_size: int
+    split: Split | None = None
+    """When `model` is one rank's part: how it was split."""
 
 
-def load_model(config: ModelConfig, data_dir: Path, *, attn_implementation: str) -> LoadedModel:
+def load_model(
+    config: ModelConfig, data_dir: Path, *, attn_implementation: str, group: Group | None = None
+) -> LoadedModel:
     """Load config.model; data_dir keeps converted GGUF files. Raises ModelNotSupported for all that cannot be run.
 
     attn_implementation: a name registered with transformers' attention interface, or one of its own.
+    group: load this rank's part alone.
     """
     device = _device(config.device)
     source = _source(config, data_dir)
@@ -56,7 +64,10 @@ def load_model(config: ModelConfig, data_dir: Path, *, attn_implementation: str)
     check_supported(hf_config, config.model)
     dtype = _dtype(config, hf_config, device)
     tokenizer = _tokenizer(config, source)
-    if config.load_format == "dummy":
+    split = None
+    if group is not None:
+        model, split = load_shard(config, source, hf_config, dtype, device, attn_implementation, group)
+    elif config.load_format == "dummy":
         model = _random_weights(config, hf_config, dtype, device, attn_implementation)
     else:
         model = _read_weights(config, source, hf_config, dtype, device, attn_implementation)
@@ -68,6 +79,8 @@ def load_model(config: ModelConfig, data_dir: Path, *, attn_implementation: str)
         dtype=dtype,
         device=device,
         name=config.served_model_name or config.model,
+        vocab_size=split.vocab_size if split else model.get_input_embeddings().num_embeddings,
+        split=split,
     )
 
 

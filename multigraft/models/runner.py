@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +58,8 @@ class Runner:
         self.device = device
         self.graphs: DecodeGraphs | None = None
         """When set, runs the steps that it covers."""
+        self.announce: Callable[[Batch, LateTokens | None], None] | None = None
+        """On rank 0 of a tensor-parallel engine: tells the other ranks to run the step."""
 
     @torch.inference_mode()
     def execute(
@@ -67,6 +70,8 @@ class Runner:
         late: has every token that is PENDING. riding: lets training rows through some of the layers, too (TrainPass).
         Logits are valid until the next call.
         """
+        if self.announce is not None:
+            self.announce(batch, late)
         if riding is None and self.graphs is not None and self.graphs.covers(batch):
             return StepOutput(logits=self.graphs.run(batch, late), num_sampled=len(batch.spans), scored=[])
         num_rows = batch.num_tokens

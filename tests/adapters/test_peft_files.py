@@ -164,7 +164,6 @@ REFUSED_FIELDS = [
     ("layer_replication", [[0, 2], [1, 3]]),
     ("alora_invocation_tokens", []),
     ("alora_invocation_tokens", "ab"),
-    ("use_bdlora", {"nblocks": 2}),
     ("use_qalora", True),
     ("init_lora_weights", "pissa"),
     ("init_lora_weights", "pissa_niter_4"),

@@ -19,6 +19,7 @@ from multigraft.core.config import (
     CacheConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     ServerConfig,
     TrainingConfig,
@@ -67,6 +68,7 @@ def test_defaults_are_the_configurations(serve):
                 ("cache", CacheConfig),
                 ("scheduler", SchedulerConfig),
                 ("adapters", AdapterConfig),
+                ("parallel", ParallelConfig),
                 ("training", TrainingConfig),
             ]
         },

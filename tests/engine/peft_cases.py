@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import BdLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 
@@ -36,6 +36,19 @@ CASES = (
         },
     ),
     Case("layer1", {"r": 7, "lora_alpha": 14, "target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1]}),
+    Case(
+        "blocks",
+        {
+            "r": 8,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "use_bdlora": BdLoraConfig(
+                target_modules_bd_a=["o_proj", "down_proj"],
+                target_modules_bd_b=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+                nblocks=4,
+            ),
+        },
+    ),
     Case("ends", {"r": 4, "lora_alpha": 16, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
 )
 """Ranks 3 to 64, every way to name targets, attention, MLP, embedding and head."""
