@@ -213,7 +213,7 @@ def test_engine_and_twin_decide_alike(folder: Path, fairness: bool, overlap: boo
     recorder, turns, preemptions = run_both(
         folder / "model",
         folder / "adapters",
-        a_workload(150, seed=int(fairness), gap=0.004, longest=90),
+        a_workload(110, seed=int(fairness), gap=0.004, longest=90),
         overlap=overlap,
         kv_cache_gib=0.00055,
         max_num_seqs=12,
