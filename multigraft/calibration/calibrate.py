@@ -84,6 +84,7 @@ def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, pr
         memory=_memory(config, parts),
         max_model_len=loaded.max_model_len,
         overlap=loaded.device.type == "cuda",
+        launch=statistics.median(runner.launches) if runner.launches else 0.0,
         num_layers=loaded.model.config.get_text_config().num_hidden_layers,
         train_rows=parts.trainer.memory.max_rows,
         errors=errors(steps, held_out),
