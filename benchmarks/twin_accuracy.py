@@ -4,7 +4,7 @@ Calibrates first, or takes --profile. Then each workload runs for --seconds of a
 adapters, real rates and lengths) and through the twin, under the same configuration. Prints the plain relative error
 and the halved SMAPE of the published twins, for every workload, and ends in one JSON line.
 
-    python -m benchmarks.twin_accuracy MODEL_FOLDER DATA_FOLDER [--profile P] [--seconds 30] [--smoke] [--save]
+    python -m benchmarks.twin_accuracy MODEL_FOLDER DATA_FOLDER [--profile P] [--seconds 25] [--smoke] [--save]
 
 DATA_FOLDER holds azure_llm_2023_conv.csv and servegen-m-small; without it arrivals are gamma and lengths lognormal.
 """
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--profile", type=Path)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=25.0)
     parser.add_argument("--calibrate-seconds", type=float, default=120.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv-gib", type=float, default=0.5)

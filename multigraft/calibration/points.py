@@ -23,7 +23,7 @@ from multigraft.twin.workload import LEAST_TOKEN
 
 Timed = tuple[StepShape, float]
 MAX_NEW = 4096
-"""Prompt tokens that a point computes, at most."""
+"""Prompt tokens that a point computes, at most; and no more than fit one step, so that no point takes long."""
 MAX_OUTPUT = 10
 
 
@@ -50,7 +50,7 @@ def draw_point(rng: Random, adapters: Sequence[Sequence[str]], core: EngineCore)
     """
     parts = core.parts
     page, limit = parts.config.cache.page_size, parts.max_model_len
-    kv_left, new_left = parts.kv_tokens // 2, min(MAX_NEW, 2 * parts.config.scheduler.max_num_batched_tokens)
+    kv_left, new_left = parts.kv_tokens // 2, min(MAX_NEW, parts.config.scheduler.max_num_batched_tokens)
     rows = _log_uniform(rng, 1, parts.config.scheduler.max_num_seqs)
     context = rng.choice([0, _log_uniform(rng, page, limit)])
     new = _log_uniform(rng, 1, limit)

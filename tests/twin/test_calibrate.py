@@ -12,6 +12,7 @@ from multigraft.engine.offline import make_config
 from multigraft.twin.profile import Profile
 from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
+from multigraft.twin.workload import Workload
 from tests.tiny import build_checkpoint
 from tests.twin.made import poisson
 
@@ -31,10 +32,8 @@ def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
     engine = EngineCore(parts.build(config))
     page = 16 * profile.memory.kv_token
     assert engine.scheduler.pages.num_pages == profile.memory.total // page
-    workload = poisson(1, 20.0, 1.0, 0, 40, 20)
-    workload = sized(
-        type(workload)(name="base", requests=[r._replace(adapter=None) for r in workload.requests]), engine
-    )
+    requests = (r._replace(adapter=None) for r in poisson(1, 20.0, 1.0, 0, 40, 20).requests)
+    workload = Workload(name="base", requests=tuple(requests))
     engine.start()
     try:
         measured = report(Drive(engine, workload).run(timeout=60), "measured")

@@ -132,9 +132,8 @@ def a_workload(num: int, seed: int, gap: float, longest: int, names: Sequence[st
     requests, now = [], 0.0
     for _ in range(num):
         now += rng.choice([0.0, 0.0, rng.expovariate(1 / gap), 4 * gap])
-        adapter = rng.choice(
-            [None, *(a.name for a in adapters[: 1 + min(rng.randrange(len(names)), rng.randrange(len(names)))])]
-        )
+        most = 1 + min(rng.randrange(len(names)), rng.randrange(len(names)))
+        adapter = rng.choice([None, *names[:most]])
         prefix = (rng.randrange(2),) if rng.random() < 0.1 else ()
         prompt = rng.randrange(1, longest) + 512 * len(prefix)
         requests.append(Arrival(now, adapter, prompt, rng.randrange(1, 100), prefix))
