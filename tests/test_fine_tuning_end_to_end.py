@@ -6,8 +6,8 @@ import io
 import json
 import os
 import re
-import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_a_job_learns_while_others_are_served(server: Server, smol_path: Path, t
 
     archive = server.http.get(f"/v1/fine_tuning/jobs/{job.id}/adapter")
     assert archive.status_code == 200, archive.text
-    tarfile.open(fileobj=io.BytesIO(archive.content)).extractall(tmp_path, filter="data")
+    zipfile.ZipFile(io.BytesIO(archive.content)).extractall(tmp_path)
     folder = next(tmp_path.rglob("adapter_config.json")).parent
     model = AutoModelForCausalLM.from_pretrained(smol_path, dtype=torch.bfloat16)
     model = peft.PeftModel.from_pretrained(model, folder).eval()

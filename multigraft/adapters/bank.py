@@ -10,7 +10,7 @@ import torch
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.kernels.lora import NO_OFFSET
-from multigraft.kernels.packed import Factors
+from multigraft.kernels.lora_gemm import Factors
 
 from .plan import ALIGN
 from .site import PackedAdapter, Site, SiteBlock
@@ -111,6 +111,7 @@ class Bank:
         """Grows with every change of a slot or an offset."""
         self._tenants: dict[int, _Tenant] = {}
         self._generation = [0] * max_slots
+        self._max_rank = [0] * max_slots
         self._entries: list[dict[int, SiteBlock]] = [{} for _ in sites]
         self._factors: dict[int, dict[int, Factors | None]] = {}  # by slot, then site; views made at first use
         self._layout = lru_cache(LAYOUTS)(self._lay_out)  # adapters of one config share one
@@ -134,6 +135,10 @@ class Bank:
     def generation(self, slot: int) -> int:
         """Grows whenever another adapter is put into the slot."""
         return self._generation[slot]
+
+    def max_rank(self, slot: int) -> int:
+        """The largest rank, at any module, of the adapter last put into the slot."""
+        return self._max_rank[slot]
 
     def load(self, slot: int, packed: PackedAdapter) -> Load:
         """Put an adapter into a slot, in place of its former tenant, which no later batch may use.
@@ -166,6 +171,7 @@ class Bank:
                 event.record()
                 tenant.load = Load(event)
         self._generation[slot] = self.version
+        self._max_rank[slot] = max((rank for block in packed.sites.values() for rank in block.ranks), default=0)
         return tenant.load
 
     def unload(self, slot: int) -> None:

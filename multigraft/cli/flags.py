@@ -44,16 +44,17 @@ class Flag:
     default: Any
     """dataclasses.MISSING when the user must give it."""
     help: str
-    owner: type
+    panel: str
+    """The heading it is listed under."""
 
     @property
     def option(self) -> str:
         return "--" + self.name.replace("_", "-")
 
 
-def all_flags() -> list[Flag]:
-    """Every field of the dataclasses in PANELS that is not itself one of them, in their order."""
-    found = [_flag(owner, f) for owner in PANELS for f in _own_fields(owner)]
+def all_flags(panels: Mapping[type, str] = PANELS) -> list[Flag]:
+    """Every field of these dataclasses that is not itself one of PANELS, in their order."""
+    found = [_flag(owner, f, panel) for owner, panel in panels.items() for f in _own_fields(owner)]
     names = [flag.name for flag in found]
     assert len(names) == len(set(names)), "two configurations have a field of the same name"
     return found
@@ -76,7 +77,7 @@ def _own_fields(owner: type) -> list[Field[Any]]:
     return [f for f in fields(owner) if hints[f.name] not in PANELS]
 
 
-def _flag(owner: type, f: Field[Any]) -> Flag:
+def _flag(owner: type, f: Field[Any], panel: str) -> Flag:
     kind, multiple = typing.get_type_hints(owner)[f.name], False
     if typing.get_origin(kind) in (UnionType, typing.Union):  # X | None
         (kind,) = (arg for arg in typing.get_args(kind) if arg is not NoneType)
@@ -85,7 +86,7 @@ def _flag(owner: type, f: Field[Any]) -> Flag:
     default: Any = f.default
     if multiple:
         default = list(default)
-    return Flag(name=f.name, kind=kind, multiple=multiple, default=default, help=field_docs(owner)[f.name], owner=owner)
+    return Flag(name=f.name, kind=kind, multiple=multiple, default=default, help=field_docs(owner)[f.name], panel=panel)
 
 
 def field_docs(owner: type) -> dict[str, str]:

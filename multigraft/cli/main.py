@@ -6,8 +6,7 @@ import typer
 
 from multigraft import __version__
 
-from . import adapters, twin
-from .serve import register
+from . import adapters, serve, train, twin
 
 app = typer.Typer(
     name="multigraft",
@@ -17,7 +16,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-register(app)
+serve.register(app)
+train.register(app)
 twin.register(app)
 app.add_typer(adapters.app)
 

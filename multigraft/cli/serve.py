@@ -9,6 +9,7 @@ import json
 import logging
 import shlex
 import sys
+from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,15 +96,19 @@ def _command() -> Any:
 
 
 def flag_parameter(flag: Flag) -> inspect.Parameter:
+    """Of a command's function. MODEL and DATA are told by their place, all else by name."""
     kind = list[flag.kind] if flag.multiple else flag.kind  # type: ignore[name-defined]
     info: Any
-    if flag.name == "model":
-        info, default = typer.Argument(help=flag.help, metavar="MODEL", show_default=False), inspect.Parameter.empty
+    default = flag.default
+    if default is None:
+        kind = kind | None
+    if flag.name in ("model", "data"):
+        info = typer.Argument(help=flag.help, metavar=flag.name.upper(), show_default=False)
     else:
         names = f"{flag.option}/--no-{flag.option[2:]}" if kind is bool else flag.option
-        info, default = typer.Option(names, help=flag.help, rich_help_panel=PANELS[flag.owner]), flag.default
-        if default is None:
-            kind = kind | None
+        info = typer.Option(names, help=flag.help, rich_help_panel=flag.panel)
+    if default is MISSING:
+        default = inspect.Parameter.empty
     return inspect.Parameter(
         flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )

@@ -18,7 +18,7 @@ from multigraft.core.config import (
     TrainingConfig,
 )
 
-from .flags import all_flags
+from .flags import PANELS, all_flags
 from .serve import build_engine_config, flag_parameter, user_errors
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _calibrate_command() -> Any:
         """Measure how long steps and adapter loads take here, and write a profile for `multigraft twin` and `plan`."""
         _calibrate(values.pop("output"), values.pop("seconds"), values)
 
-    parameters = [flag_parameter(flag) for flag in all_flags() if flag.owner in owners]
+    parameters = [flag_parameter(flag) for flag in all_flags({owner: PANELS[owner] for owner in owners})]
     extra = {
         "output": (Path("profile.json"), Annotated[Path, typer.Option(help="File to write.")]),
         "seconds": (

@@ -35,7 +35,8 @@ class ModelConfig:
     enforce_eager: bool = False
     """On CUDA: neither compile the decoder layers nor capture CUDA graphs of decode steps."""
     attention_backend: Literal["auto", "flashinfer", "sdpa"] = "auto"
-    """Attention library; auto takes FlashInfer on CUDA when it is installed, else PyTorch's own."""
+    """Attention library; auto takes FlashInfer on CUDA when it is installed, our own kernel for decoding
+    on the CPU, else PyTorch's own."""
     trust_remote_code: bool = False
     """Let the hub repository's own Python define the model."""
 

@@ -30,7 +30,7 @@ from multigraft.models.cuda_graphs import DecodeGraphs
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.runner import Runner
-from multigraft.models.segments import CpuGrafts, CudaGrafts
+from multigraft.models.segments import CudaGrafts
 from multigraft.models.train_pass import TrainModel
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
@@ -94,15 +94,18 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         device=loaded.device,
     )
     head = _head_path(model)
-    grafts = (
-        CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
-        if loaded.device.type == "cuda"
-        else CpuGrafts(sites, bank, head)
-    )
+    grafts: CudaGrafts | CpuGrafts
+    if loaded.device.type == "cuda":
+        grafts = CudaGrafts(sites, bank, head, max_rank=config.adapters.max_lora_rank)
+    else:
+        from multigraft.models.cpu_grafts import CpuGrafts  # here, as CUDA needs no Numba
+
+        grafts = CpuGrafts(sites, bank, head)
     graft.graft(model, sites, grafts)
     train_memory = TrainMemory.plan(config.training, loaded)
     kv = _allocate_kv(config, loaded, train_memory.budget)
-    backend = backends.choose(config.model.attention_backend, kv)
+    num_heads = model.config.get_text_config().num_attention_heads
+    backend = backends.choose(config.model.attention_backend, kv, num_heads)
     attention.attach(model, backend, grafts.train)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
     if config.model.compile or on_graphs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .packed import Factors
+from .lora_gemm import Factors
 
 
 def forward(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from multigraft.core.request import PENDING
 from multigraft.kvcache.transfer import upload
 from multigraft.models.attention import AttentionBackend
 from multigraft.models.cuda_graphs import DecodeGraphs
-from multigraft.models.segments import NO_SLOT, CpuGrafts, CudaGrafts
+from multigraft.models.segments import NO_SLOT, CudaGrafts
+
+if TYPE_CHECKING:
+    from multigraft.models.cpu_grafts import CpuGrafts
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Attention through torch's scaled_dot_product_attention over gathered pages: the CPU path, and CUDA's fallback."""
+"""Attention by torch's scaled_dot_product_attention over gathered pages: the CPU's prompts, and CUDA's fallback."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A folder of files as a tar archive that is made while it is sent."""
+"""A folder as a zip archive that is made while it is sent."""
 
 from __future__ import annotations
 
-import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,29 +11,35 @@ from starlette.responses import StreamingResponse
 PIECE = 2**20
 
 
-def tar_reply(folder: Path, name: str) -> StreamingResponse:
+def zip_reply(folder: Path, name: str) -> StreamingResponse:
     """The files of `folder`, which holds no folders, below a folder `name`; uncompressed, as weights do not shrink."""
-    files = [(path, path.stat().st_size) for path in sorted(folder.iterdir())]
-    padded = sum(tarfile.BLOCKSIZE + _padded(size) for _, size in files)
-    headers = {
-        "Content-Disposition": f'attachment; filename="{name}.tar"',
-        "Content-Length": str(padded + 2 * tarfile.BLOCKSIZE),
-    }
-    return StreamingResponse(_blocks(files, name), media_type="application/x-tar", headers=headers)
+    headers = {"Content-Disposition": f'attachment; filename="{name}.zip"'}
+    return StreamingResponse(_pieces(folder, name), media_type="application/zip", headers=headers)
 
 
-def _blocks(files: list[tuple[Path, int]], name: str) -> Iterator[bytes]:
-    for path, size in files:
-        info = tarfile.TarInfo(f"{name}/{path.name}")
-        info.size = size
-        info.mtime = path.stat().st_mtime
-        yield info.tobuf(tarfile.USTAR_FORMAT)
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                yield piece
-        yield bytes(_padded(size) - size)
-    yield bytes(2 * tarfile.BLOCKSIZE)
+class _Outbox(list[bytes]):
+    """Takes what ZipFile writes; without seek(), it writes a stream."""
+
+    def write(self, data: bytes) -> int:
+        self.append(bytes(data))
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def take(self) -> bytes:
+        data = b"".join(self)
+        self.clear()
+        return data
 
 
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+def _pieces(folder: Path, name: str) -> Iterator[bytes]:
+    outbox = _Outbox()
+    with zipfile.ZipFile(outbox, "w") as archive:  # type: ignore[arg-type]
+        for path in sorted(folder.iterdir()):
+            entry = zipfile.ZipInfo.from_file(path, f"{name}/{path.name}")
+            with path.open("rb") as file, archive.open(entry, "w", force_zip64=True) as target:
+                while piece := file.read(PIECE):
+                    target.write(piece)
+                    yield outbox.take()
+    yield outbox.take()

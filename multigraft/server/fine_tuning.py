@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from multigraft.core.training import ORGANIZATION, FineTuneJob, JobCheckpoint, JobEvent, JobRequest, WandbRun
 from multigraft.engine.client import TrainingClient
 
-from .archive import tar_reply
+from .archive import zip_reply
 from .replies import JSONReply, listed
 from .schemas import FineTuningRequest
 
@@ -60,12 +59,11 @@ def router(training: TrainingClient) -> APIRouter:
 
     @routes.get("/{job_id}/adapter")
     async def adapter(job_id: str) -> Response:
-        return await run_in_threadpool(tar_reply, await training.adapter_folder(job_id), job_id)
+        return zip_reply(await training.adapter_folder(job_id), job_id)
 
     @routes.get("/{job_id}/checkpoints/{checkpoint_id}/adapter")
     async def checkpoint_adapter(job_id: str, checkpoint_id: str) -> Response:
-        folder = await training.adapter_folder(job_id, checkpoint_id)
-        return await run_in_threadpool(tar_reply, folder, checkpoint_id)
+        return zip_reply(await training.adapter_folder(job_id, checkpoint_id), checkpoint_id)
 
     return routes
 

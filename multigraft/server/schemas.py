@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.messages import check_text
@@ -279,10 +279,13 @@ class Integration(WireRequest):
     wandb: WandbParameters
 
 
+FileId = Annotated[str, AfterValidator(lambda text: check_text(text, "file"))]
+
+
 class FineTuningRequest(WireRequest):
     model: str
-    training_file: str
-    validation_file: str | None = None
+    training_file: FileId
+    validation_file: FileId | None = None
     method: FineTuningMethod = FineTuningMethod(type="supervised")
     hyperparameters: dict[str, Any] = {}
     """Its place before `method` came; of a supervised job."""

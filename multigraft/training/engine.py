@@ -50,7 +50,7 @@ class TrainingEngine(Protocol):
         counts until it has left.
 
         What on_event raises fails the job. The future is done once the engine has let go of the job, after its last
-        event; with the exception, JobFailed say, that made it fail.
+        event; with the exception, JobFailed say, that made it fail; at once when the engine has ended.
         """
         ...
 

@@ -23,15 +23,14 @@ from multigraft.core.training import ORGANIZATION, RESULTS, FineTuneJob, JobErro
 from . import records
 from .engine import Snapshot, TrainingEngine, off_loop, restore
 from .inputs import Inputs, read_inputs, settled
-from .job import Event, EventKind, TrainingJob
+from .job import Event, EventKind, Stage, TrainingJob
+from .pace import Pace
 from .store import CheckpointRow, EventRow, FileRow, JobRow, TrainingStore, new_id
 from .trackers import Trackers
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 10.0
-PACE_MEMORY = 0.9
-"""Weight of the past in the running mean of a job's seconds per step."""
 
 
 @dataclass(slots=True)
@@ -72,6 +71,10 @@ class _Out:
     error: BaseException | None
 
 
+class _EngineGone(Exception):
+    """The engine has ended by itself. The next process goes on from the last checkpoint."""
+
+
 class JobRun:
     """A job that has not ended. `row` is what is stored of it."""
 
@@ -87,8 +90,7 @@ class JobRun:
         """While it has a turn."""
         self._task: asyncio.Task[None] | None = None
         self._commands = asyncio.Lock()
-        self._seconds_per_step: float | None = None
-        self._last_step = time.monotonic()
+        self._pace = Pace()
 
     @property
     def id(self) -> str:
@@ -100,10 +102,10 @@ class JobRun:
 
     @property
     def view(self) -> FineTuneJob:
-        finish = None
-        if self.status is JobStatus.RUNNING and self._seconds_per_step is not None and self.row.total_steps:
-            finish = int(time.time() + (self.row.total_steps - self.row.step) * self._seconds_per_step)
-        return records.as_job(self.row, finish)
+        seconds = None
+        if self.status is JobStatus.RUNNING and self.row.total_steps is not None:
+            seconds = self._pace.seconds_for(self.row.total_steps - self.row.step)
+        return records.as_job(self.row, None if seconds is None else int(time.time() + seconds))
 
     # Commands --------------------------------------------------------------------------------------------------
 
@@ -154,6 +156,8 @@ class JobRun:
                 inputs = None  # read again at its turn, rather than kept for as long as the queue is
             async with self._shared.turns:
                 await self._train(inputs or await self._read())
+        except _EngineGone:
+            log.error("job %s waits for the next start, the engine has stopped", self.id)
         except Exception as error:
             await self._fail(error)
 
@@ -180,8 +184,9 @@ class JobRun:
                 await room.wait_for(lambda: self._shared.engine.fits(inputs.spec))
                 self._inbox = asyncio.Queue()  # from here on it stops between two passes, not where it is
                 job = await off_loop(self._build, inputs)
-                left = await self._start(job)
-            await self._finish(job, await self._follow(left))
+                # Killed between its last checkpoint and its end, it has nothing left to run.
+                left = None if job.stage is Stage.DONE else await self._start(job)
+            await self._finish(job, None if left is None else await self._follow(job, left))
         finally:
             self._inbox = None
             async with room:
@@ -193,13 +198,17 @@ class JobRun:
         last = self._store.last_checkpoint(self.id)
         if last is not None:
             restore(job, self._store.checkpoint_folder(last))
-        self.row = replace(self.row, step=job.step, trained_tokens=job.trained_tokens)
         return job
 
     async def _start(self, job: TrainingJob) -> Future[None]:
         assert self._inbox is not None
-        await self._update(self.event("Fine-tuning job started"), status=JobStatus.RUNNING.value)
-        self._last_step = time.monotonic()
+        await self._update(
+            self.event("Fine-tuning job started"),
+            status=JobStatus.RUNNING.value,
+            step=job.step,
+            trained_tokens=job.trained_tokens,
+        )
+        self._pace = Pace()
         deliver = _deliverer(self._inbox)
 
         def tell(event: Event) -> None:
@@ -209,21 +218,20 @@ class JobRun:
         left.add_done_callback(lambda future: deliver(_Out(future.exception())))
         return left
 
-    async def _follow(self, left: Future[None]) -> _Halt | None:
+    async def _follow(self, job: TrainingJob, left: Future[None]) -> _Halt | None:
         """Until the engine has let go of it; None if it has ended by itself. Raises what made it fail."""
         trackers = await asyncio.to_thread(Trackers, self.id, self.request, self._folder / "tensorboard")
         try:
-            return await self._listen(trackers)
+            return await self._listen(job, trackers)
         finally:
             self._shared.engine.stop(self.id)
             await asyncio.gather(asyncio.wrap_future(left), return_exceptions=True)
             await asyncio.to_thread(trackers.close)
 
-    async def _listen(self, trackers: Trackers) -> _Halt | None:
+    async def _listen(self, job: TrainingJob, trackers: Trackers) -> _Halt | None:
         """Store what the running job tells."""
         assert self._inbox is not None
         halt: _Halt | None = None
-        done = False
         while True:
             batch = [await self._inbox.get()]
             batch += [self._inbox.get_nowait() for _ in range(self._inbox.qsize())]
@@ -236,45 +244,37 @@ class JobRun:
                         case _Halt():
                             halt = message
                             self._shared.engine.stop(self.id)
-                        case _Told(event, None):
-                            done = True
-                        case _Told(event, snapshot):
+                        case _Told(event, snapshot) if snapshot is not None:
                             await self._checkpoint(event.step, event.data, snapshot)
+                        case _Out(None) if job.stage is Stage.DONE:
+                            return None
+                        case _Out(None) if halt is None:
+                            raise _EngineGone
                         case _Out(None):
-                            return None if done else halt
+                            return halt
                         case _Out(error):
                             raise error
 
     async def _record(self, events: list[Event], trackers: Trackers) -> None:
         """Metrics of steps and validations."""
         rows = []
-        tokens = 0
+        num_steps = tokens = 0
         for event in events:
-            metrics = dict(event.data)
-            if "train_loss" in metrics:
-                tokens += int(metrics["tokens"])
-                self._shared.steps += 1
-            self.metrics |= metrics
-            data = {"step": event.step, "total_steps": self.row.total_steps, **metrics}
+            if "train_loss" in event.data:
+                num_steps += 1
+                tokens += int(event.data["tokens"])
+            self.metrics |= event.data
+            data = {"step": event.step, "total_steps": self.row.total_steps, **event.data}
             rows.append(self.event(_describe(data), data=data))
         self._shared.trained_tokens += tokens
-        self._keep_pace(events[-1].step - self.row.step, tokens)
+        if num_steps:
+            self._shared.steps += num_steps
+            self.metrics |= self._pace.observe(num_steps, tokens)
         await self._update(*rows, step=events[-1].step, trained_tokens=self.row.trained_tokens + tokens)
-        for event in events:
-            await asyncio.to_thread(trackers.log, event.step, event.data)
+        await asyncio.to_thread(trackers.log, events)
         if trackers.failure is not None:
             message, trackers.failure = trackers.failure, None
             await self._update(self.event(message, "warn"))
-
-    def _keep_pace(self, num_steps: int, tokens: int) -> None:
-        """The time of validations counts for the steps after them."""
-        if num_steps:
-            now = time.monotonic()
-            seconds = max((now - self._last_step) / num_steps, 1e-6)
-            past = self._seconds_per_step or seconds
-            self._seconds_per_step = PACE_MEMORY * past + (1 - PACE_MEMORY) * seconds
-            self._last_step = now
-            self.metrics |= {"step_seconds": seconds, "tokens_per_second": tokens / num_steps / seconds}
 
     async def _checkpoint(self, step: int, metrics: Mapping[str, float], snapshot: Snapshot) -> None:
         last = await asyncio.to_thread(self._store.last_checkpoint, self.id)

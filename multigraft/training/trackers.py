@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.training import JobRequest, WandbRun
+
+from .job import Event
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +51,15 @@ class Trackers:
         except Exception as error:
             self._give_up(error)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, events: Iterable[Event]) -> None:
+        """Metrics."""
         try:
-            if self._tensorboard is not None:
-                for name, value in metrics.items():
-                    self._tensorboard.add_scalar(name, value, step)
-            if self._wandb is not None:
-                self._wandb.log(dict(metrics), step=step)
+            for event in events:
+                if self._tensorboard is not None:
+                    for name, value in event.data.items():
+                        self._tensorboard.add_scalar(name, value, event.step)
+                if self._wandb is not None:
+                    self._wandb.log(dict(event.data), step=event.step)
         except Exception as error:
             self._give_up(error)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multigraft.adapters import peft_files
-from multigraft.adapters.store import AdapterStore, LoraModule, parse_lora_module
+from multigraft.adapters.store import FETCH_THREADS, AdapterStore, LoraModule, parse_lora_module
 from multigraft.core.config import AdapterConfig
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
 from multigraft.core.request import Scope
@@ -271,11 +271,11 @@ def test_close_fails_what_has_not_begun(make_store, make_folder, monkeypatch):
     go, real = threading.Event(), peft_files.read
     monkeypatch.setattr(peft_files, "read", lambda *a, **k: go.wait(10) and real(*a, **k))
     store = make_store()
-    futures = [store.fetch(store.register(n, make_folder(n))) for n in "abcd"]
+    futures = [store.fetch(store.register(str(n), make_folder(str(n)))) for n in range(2 * FETCH_THREADS)]
     threading.Timer(0.1, go.set).start()
     store.close()
-    assert [f.exception(10) is None for f in futures[:2]] == [True, True]
-    assert all(isinstance(f.exception(10), ShuttingDown) for f in futures[2:])
+    assert all(f.exception(10) is None for f in futures[:FETCH_THREADS])
+    assert all(isinstance(f.exception(10), ShuttingDown) for f in futures[FETCH_THREADS:])
 
 
 def test_many_threads(make_store, make_folder):

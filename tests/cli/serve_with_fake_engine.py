@@ -19,6 +19,9 @@ class AsyncEngine(FakeEngine):
         print(config, file=sys.stderr)
         return cls()
 
+    async def open_training(self):
+        pass
+
 
 sys.modules["multigraft.engine.async_engine"] = types.SimpleNamespace(AsyncEngine=AsyncEngine)
 app()

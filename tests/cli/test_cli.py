@@ -161,7 +161,7 @@ def test_bad_config_files(serve, tmp_path, text, words):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from typer.testing import CliRunner; from multigraft.cli.main import app\n"
-        "for arguments in (['--help'], ['serve', '--help'], ['version']):\n"
+        "for arguments in (['--help'], ['serve', '--help'], ['train', '--help'], ['version']):\n"
         "    assert CliRunner().invoke(app, arguments).exit_code == 0\n"
         "print([m for m in ('torch', 'transformers', 'fastapi', 'uvicorn', 'prometheus_client') if m in sys.modules])"
     )

@@ -15,8 +15,8 @@ from multigraft import Engine, SamplingParams
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.request import AdapterRef, Request, Scope
-from multigraft.kernels import packed
-from multigraft.models import segments
+from multigraft.kernels import lora_numba
+from multigraft.models import cpu_grafts
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
 from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
@@ -230,11 +230,10 @@ def test_rule_6_pure_decode_calls_no_adapter_code(llama: World, jobs, monkeypatc
         return count
 
     for where, name in (
-        (segments.CpuGrafts, "add"),
-        (packed.RankPack, "add"),
-        (packed.RankPack, "build"),
-        (segments, "add_segment"),
-        (segments, "add_embedding"),
+        (cpu_grafts.CpuGrafts, "add"),
+        (lora_numba, "run_on_team"),
+        (cpu_grafts, "add_segment"),
+        (cpu_grafts, "add_embedding"),
     ):
         monkeypatch.setattr(where, name, counted(getattr(where, name)))
     seen: dict[bool, list[int]] = {True: [], False: []}

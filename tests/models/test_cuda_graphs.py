@@ -49,7 +49,7 @@ class Checked:
         self.plain_errors: list[float] = []
         self.kinds: set[tuple[int, frozenset[SiteKind]]] = set()
 
-    def __call__(self, batch: Batch, late: LateTokens | None = None):
+    def __call__(self, batch: Batch, late: LateTokens | None = None, riding: object = None):
         graphs = self.runner.graphs
         if not graphs.covers(batch):
             return self.execute(batch, late)

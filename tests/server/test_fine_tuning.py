@@ -4,7 +4,7 @@ import asyncio
 import csv
 import io
 import json
-import tarfile
+import zipfile
 
 import httpx
 import openai as openai_sdk
@@ -60,6 +60,7 @@ async def until(openai, job, *statuses):
             await asyncio.sleep(0.01)
 
 
+JSON = {"Content-Type": "application/json"}
 SMALL = {"n_epochs": 2, "batch_size": 4}
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": SMALL}}
 
@@ -142,9 +143,8 @@ async def test_the_adapter_downloads_as_a_folder_for_peft(openai, http, training
     done = await until(openai, job, "succeeded")
     reply = await http.get(f"/v1/fine_tuning/jobs/{job.id}/adapter")
     assert reply.status_code == 200, reply.text
-    assert len(reply.content) == int(reply.headers["content-length"])
-    with tarfile.open(fileobj=io.BytesIO(reply.content)) as archive:
-        archive.extractall(tmp_path / "out", filter="data")
+    with zipfile.ZipFile(io.BytesIO(reply.content)) as archive:
+        archive.extractall(tmp_path / "out")
     model = peft.PeftModel.from_pretrained(tiny_model("llama")[0], tmp_path / "out" / job.id)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -153,17 +153,23 @@ async def test_the_adapter_downloads_as_a_folder_for_peft(openai, http, training
             assert (model(ids).logits - adapted).abs().max() > 1e-3
     checkpoint = (await openai.fine_tuning.jobs.checkpoints.list(job.id)).data[0]
     other = await http.get(f"/v1/fine_tuning/jobs/{job.id}/checkpoints/{checkpoint.id}/adapter")
-    with tarfile.open(fileobj=io.BytesIO(other.content)) as archive:
-        names = archive.getnames()
-    assert names == [f"{checkpoint.id}/adapter_config.json", f"{checkpoint.id}/adapter_model.safetensors"]
+    assert zipfile.ZipFile(io.BytesIO(other.content)).namelist() == [
+        f"{checkpoint.id}/adapter_config.json",
+        f"{checkpoint.id}/adapter_model.safetensors",
+    ]
     assert training.plain.published[done.fine_tuned_model].is_dir()
 
 
-async def test_cancel(openai, training):
+async def test_cancel(openai, http, training):
     training.plain.delay = 0.02
     file = await upload(openai, chats(8))
     job = await create(openai, file, hyperparameters={"n_epochs": 100})
-    await until(openai, job, "running")
+    while (await until(openai, job, "running")).step < 2:
+        await asyncio.sleep(0.01)
+    metrics = (await http.get("/metrics")).text
+    for name in ("loss", "token_accuracy", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second"):
+        assert f'multigraft:training_{name}{{job="{job.id}",model_name="base"}}' in metrics
+    assert 'multigraft:training_jobs{model_name="base",state="running"} 1.0' in metrics
     cancelled = await openai.fine_tuning.jobs.cancel(job.id)
     assert cancelled.status == "cancelled" and cancelled.finished_at
     assert not training.plain.running
@@ -273,6 +279,7 @@ async def test_over_long_samples_are_reported(openai):
         ({"model": None}, 400, "model", "Field required"),
         ({"training_file": "file-none"}, 404, None, "no file 'file-none'"),
         ({"validation_file": "file-none"}, 404, None, "no file 'file-none'"),
+        ({"training_file": "\ud800"}, 400, "file", "not valid Unicode"),
         ({"suffix": "a:b"}, 400, "suffix", "'a:b'"),
         ({"suffix": "a" * 65}, 400, "suffix", "64"),
         ({"seed": -1}, 400, "seed", "-1"),
@@ -295,7 +302,7 @@ async def test_over_long_samples_are_reported(openai):
 async def test_bad_jobs_are_refused_at_once(openai, http, fields, status, param, words):
     file = await upload(openai, chats(1))
     body = {"model": "base", "training_file": file.id} | fields
-    response = await http.post("/v1/fine_tuning/jobs", json=body)
+    response = await http.post("/v1/fine_tuning/jobs", content=json.dumps(body), headers=JSON)
     error = response.json()["error"]
     assert response.status_code == status
     assert (error["param"], error["type"]) == (param, "invalid_request_error")

@@ -44,8 +44,11 @@ class PlainEngine:
         self._thread.start()
 
     def close(self) -> None:
+        """Lets go of what runs, as an engine that dies."""
         self._closed = True
         self._thread.join()
+        for job_id in list(self.running):
+            self.stop(job_id)
 
     # TrainingEngine --------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from multigraft.core.errors import InvalidRequest, StorageFull
 from multigraft.core.training import FINE_TUNE, JobRequest, JobStatus, WandbRun
 from multigraft.training import lifecycle, store
 from multigraft.training.manager import TrainingManager, training_folder
+from multigraft.training.pace import Pace
 from tests.training.plain_engine import PlainEngine
 
 pytestmark = pytest.mark.anyio
@@ -194,6 +195,21 @@ async def test_a_restart_goes_on(engine, tmp_path):
         assert manager.stats().jobs == {JobStatus.SUCCEEDED: 3}
 
 
+async def test_an_engine_that_dies(engine, tmp_path):
+    engine.delay = 0.01
+    async with opened(engine, tmp_path) as manager:
+        job = await create(manager, await add_file(manager), n_epochs=5, checkpoint_steps=2)
+        while not (await manager.checkpoints(job.id)).data:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(engine.close)
+        await asyncio.sleep(0.1)
+        assert (await manager.job(job.id)).status is JobStatus.RUNNING
+    other = PlainEngine()
+    async with opened(other, tmp_path) as manager:
+        assert (await until(manager, job, JobStatus.SUCCEEDED)).step == 10
+    other.close()
+
+
 async def test_what_no_process_may_share(engine, tmp_path):
     async with opened(engine, tmp_path):
         with pytest.raises(InvalidRequest, match="--data-dir"):
@@ -234,6 +250,16 @@ async def test_commands_at_the_same_time(engine, tmp_path):
         results = await asyncio.gather(*(manager.cancel(job.id) for _ in range(3)), return_exceptions=True)
         assert sorted(isinstance(r, InvalidRequest) for r in results) == [False, True, True]
         assert (await messages(manager, job)).count("The job is cancelled") == 1
+
+
+def test_pace_by_hand():
+    times = iter((0.0, 2.0, 6.0))
+    pace = Pace(clock=lambda: next(times))
+    assert pace.seconds_for(5) is None
+    assert pace.observe(1, 10) == {"step_seconds": 2.0, "tokens_per_second": 5.0}
+    assert pace.seconds_for(5) == 10.0
+    assert pace.observe(4, 40) == {"step_seconds": 1.0, "tokens_per_second": 10.0}
+    assert pace.seconds_for(10) == pytest.approx(19.0)
 
 
 class FakeRun:
