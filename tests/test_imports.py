@@ -20,7 +20,7 @@ ALLOWED = {
     "metrics": {"core", "engine.client"},
     "server": {"core", "metrics", "engine.client"},
     "twin": {"core", "kvcache", "scheduling"},
-    "calibration": {"core", "scheduling", "adapters", "training", "engine", "twin"},
+    "calibration": {"core", "scheduling", "kernels", "adapters", "training", "engine", "twin"},
     "cli": {"core", "server", "engine", "adapters", "twin", "calibration"},
 }
 

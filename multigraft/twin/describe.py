@@ -49,6 +49,8 @@ TOP = {"name", "duration", "seed", "slo", "lengths", "prompt", "output", "adapte
 GROUP = {"name", "count", "rank", "scope", "rate", "zipf", "arrivals", "lengths", "prompt", "output"}
 SHAPES = ("uniform", "normal", "lognormal")
 MAX_LEN = 1_000_000
+LEAD = 20
+"""Mean times between requests, at most, for which an arrival process has run when its window begins."""
 
 
 def read_workload(path: Path) -> Workload:
@@ -113,12 +115,14 @@ class _Source:
         for window, end in zip(self.windows, ends, strict=True):
             if window.rate <= 0:
                 continue
-            time = window.start
+            # Begun earlier, at a time of chance: a burst would begin at every window's start otherwise.
+            time = window.start - rng.random() * LEAD / window.rate
             for gap in intervals(rng, window.rate, window.pattern, window.shape):
                 time += gap
                 if time >= min(end, duration):
                     break
-                yield Arrival(time, name, *self.lengths(rng))
+                if time >= window.start:
+                    yield Arrival(time, name, *self.lengths(rng))
 
 
 def _group(
