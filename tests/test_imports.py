@@ -18,7 +18,8 @@ ALLOWED = {
     "engine": {"core", "kvcache", "scheduling", "kernels", "adapters", "models"},
     "metrics": {"core", "engine.client"},
     "server": {"core", "metrics", "engine.client"},
-    "cli": {"core", "server", "engine", "adapters"},
+    "twin": {"core", "kvcache", "scheduling"},
+    "cli": {"core", "server", "engine", "adapters", "twin"},
 }
 
 
