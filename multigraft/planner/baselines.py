@@ -32,7 +32,7 @@ def first_fit(loads: Loads, num_gpus: int) -> Placement | None:
     bins = Bins(loads, num_gpus)
     for piece in cut(loads):
         use = bins.use(piece)
-        for gpu in np.flatnonzero(fullness(bins.sums + use) <= 1 + ROUNDING).tolist():
+        for gpu in np.flatnonzero(fullness(bins.sums + use[..., None]) <= 1 + ROUNDING).tolist():
             if piece[0] not in bins.held[gpu]:
                 bins.put(gpu, piece, use)
                 break
@@ -75,7 +75,7 @@ def _largest_passing(loads: Loads, queue: Sequence[Piece]) -> int:
     def passes(count: int) -> bool:
         served = queue[:count]
         distinct = len({i for i, _ in served}) == len(served)
-        return distinct and fits(loads.uses(*zip(*served, strict=True)).sum(axis=0))
+        return distinct and fits(loads.uses(*zip(*served, strict=True)).sum(axis=2))
 
     points = [8]
     while points[-1] < len(queue):

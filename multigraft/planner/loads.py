@@ -10,171 +10,191 @@ tokens and slots suffice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.core.region import Scope
-from multigraft.scheduling.steptime import FEATURES, ROW_KNOTS, StepTimeModel
+from multigraft.scheduling.steptime import FEATURES, ROW_KNOTS
+from multigraft.twin.profile import Deployment, Profile
+from multigraft.twin.workload import SLO
 
-from .placement import Array, Demand
+from .placement import ROUNDING, Array, Demand
 
-RESOURCES = ("step time", "rows in a step", "running requests", "KV cache", "adapter slots", "adapters in host memory")
+RESOURCES = (
+    "step time",
+    "tokens in a step (max_num_batched_tokens)",
+    "running requests (max_num_seqs)",
+    "KV cache",
+    "adapter slots (max_loras)",
+    "adapter memory",
+    "adapters in host memory (max_cpu_loras)",
+)
 NUM_STEP_TIMES = 8
-ROW_TERMS = slice(FEATURES.index("rows_from_0"), FEATURES.index("rows_from_0") + len(ROW_KNOTS))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """One GPU as it will be run."""
-
-    model: StepTimeModel
-    bytes_per_rank: float
-    """Of an adapter on the device."""
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    slots: int
-    kv_tokens: int
-    max_adapters: int = 1024
-    """In host memory."""
-    max_itl_s: float = 0.1
-    """Target of inter-token latency, mean."""
-    train_share: float = 0.0
-    """Of the time."""
-    headroom: float = 0.9
-    """Share of the time that may be planned; the rest is for arrivals that come in bursts."""
+SLOWEST_STEPS = 20
+"""Without a latency target, steps may take so many times as long as an empty one."""
 
 
 class ServerLoads:
-    """Loads of demands on one server; see the module."""
+    """Loads of demands on one server; see the module.
+
+    headroom: share of the time that may be planned; the rest is for arrivals that come in bursts. train_share: of the
+    time, given to training.
+    """
 
     resources = RESOURCES
 
-    def __init__(self, demands: Sequence[Demand], server: Server):
-        self.demands, self.server = demands, server
-        self._prompt = np.array([d.prompt_len for d in demands], dtype=float)
-        self._output = np.array([d.output_len for d in demands], dtype=float)
-        self._rate = np.array([d.rate for d in demands], dtype=float)
-        self._everywhere = np.array([d.scope is Scope.ALL for d in demands])
-        self._bytes = np.array([d.rank for d in demands]) * server.bytes_per_rank
-        self._weights = np.array(server.model.weights) * server.model.correction
-        fixed = self._weights[[FEATURES.index(name) for name in ("step", "has_adapters", "has_prefill")]].sum()
-        if fixed >= server.max_itl_s * server.headroom:
-            raise CapacityExceeded(
-                f"A step takes at least {fixed * 1e3:.1f} ms before any token, so a target of "
-                f"{server.max_itl_s * 1e3:.1f} ms between tokens cannot be kept: the binding limit is step time."
-            )
-        self.step_times: Array = np.geomspace(min(2 * fixed, server.max_itl_s), server.max_itl_s, NUM_STEP_TIMES)
-        self._fixed = fixed
-        self._lines = [self._linearised(t) for t in self.step_times]
+    def __init__(
+        self,
+        demands: Sequence[Demand],
+        profile: Profile,
+        deployment: Deployment,
+        slo: SLO | None = None,
+        *,
+        headroom: float = 0.9,
+        train_share: float = 0.0,
+    ):
+        self.demands = demands
+        self._deployment = deployment
+        self._weights = dict(zip(FEATURES, np.array(profile.steps.weights) * profile.steps.correction, strict=True))
+        self._usable = headroom * (1 - train_share)
+        self._prompt = np.array([d.prompt_len for d in demands], dtype=float)[:, None]
+        self._output = np.array([d.output_len for d in demands], dtype=float)[:, None]
+        self._rate = np.array([d.rate for d in demands], dtype=float)[:, None]
+        self._everywhere = np.array([d.scope is Scope.ALL for d in demands])[:, None]
+        self._bytes = np.array([profile.adapter_bytes(d.rank) for d in demands], dtype=float)[:, None]
+        self._fixed = sum(self._weights[name] for name in ("step", "has_adapters", "has_prefill"))
+        longest = self._longest_step(slo or SLO())
+        self.step_times: Array = np.geomspace(min(2 * self._fixed / self._usable, longest), longest, NUM_STEP_TIMES)
+        self._linear, self._chances = self._coefficients()
 
     def uses(self, which: Sequence[int], shares: Sequence[float] | Array) -> Array:
-        index = np.asarray(which, dtype=int)
-        rate = self._rate[index] * np.asarray(shares, dtype=float)
-        if not len(index):
-            return np.zeros((0, len(self.step_times), len(RESOURCES)))
-        return np.stack([self._uses(index, rate, k) for k in range(len(self.step_times))], axis=1)
+        i = np.asarray(which, dtype=int)
+        share = np.asarray(shares, dtype=float)
+        uses = share * self._linear[..., i]
+        for exponents, amounts in self._chances:
+            uses -= np.expm1(-share * exponents[..., i]) * amounts[..., i]
+        uses[:, -1] += 1 / self._deployment.max_cpu_loras
+        return uses
 
     def itl_s(self, sums: Array) -> Array:
-        """(GPUs, modes, resources) to (GPUs,): inter-token latency to expect; infinite where the load does not fit."""
-        full = sums.max(axis=-1)
-        return np.where(full <= 1, self.step_times, np.inf).min(axis=-1)
+        """(modes, resources, GPUs) to (GPUs,): inter-token latency to expect; infinite where the load does not fit."""
+        return np.where(sums.max(axis=1) <= 1 + ROUNDING, self.step_times[:, None], np.inf).min(axis=0)
 
-    def _uses(self, index: np.ndarray, rate: Array, k: int) -> Array:
-        server, t = self.server, float(self.step_times[k])
-        slope, capacity, max_rows, other_rows = self._lines[k]
-        features, rows, running, slots = self._features(index, rate, t)
-        features[:, FEATURES.index("decode_adapted_times_bytes")] *= other_rows
-        work = (features @ self._weights + rows * slope) / capacity
-        kv = running * (self._prompt[index] + self._output[index] / 2)
-        length = kv.sum() / max(running.sum(), 1e-12)
-        return np.stack(
-            [
-                work,
-                rows / max_rows,
-                running / _poisson_mean(server.max_num_seqs),
-                kv / (_poisson_mean(server.kv_tokens / length) * length),
-                slots / max(server.slots, 1e-9),
-                np.full(len(index), 1 / server.max_adapters),
-            ],
-            axis=1,
-        )
+    def _longest_step(self, slo: SLO) -> float:
+        longest = slo.itl if slo.itl is not None else SLOWEST_STEPS * self._fixed
+        # The first token comes when the prompt's chunks have run, half a step after arrival on average.
+        first_token = float(self._chunks().max(initial=1)) + 0.5
+        if slo.ttft is not None and slo.ttft < longest * first_token:
+            longest = slo.ttft / first_token
+        if self._fixed >= longest * self._usable:
+            name, target = ("ttft", slo.ttft) if slo.itl is None or longest < slo.itl else ("itl", slo.itl)
+            raise CapacityExceeded(
+                f"An SLO of {name} {target:g} s cannot be kept: a step takes {self._fixed:.4g} s before any token is "
+                f"computed, and only {longest * self._usable:.4g} s are left for it. The binding limit is step time."
+            )
+        return longest
 
-    def _features(self, index: np.ndarray, rate: Array, t: float) -> tuple[Array, Array, Array, Array]:
-        """Per step of length t: features but for rows, fixed terms and the foreign rows of the product; rows; running
-        requests; slots."""
-        prompt, output, nbytes = self._prompt[index], self._output[index], self._bytes[index]
-        everywhere = self._everywhere[index]
-        chunks = np.ceil(prompt / self.server.max_num_batched_tokens)
-        begun = rate * t
+    def _chunks(self) -> Array:
+        return np.ceil(self._prompt / self._deployment.scheduler.max_num_batched_tokens)
+
+    def _coefficients(self) -> tuple[Array, list[tuple[Array, Array]]]:
+        """(modes, resources, n) that grow with the share, and pairs of (modes, 1, n) exponents and (modes, resources,
+        n) amounts that are taken with the chance 1 - exp(-share * exponent)."""
+        w, deployment, t = self._weights, self._deployment, self.step_times
+        prompt, output, nbytes, chunks = self._prompt, self._output, self._bytes, self._chunks()
+        begun = self._rate * t
         decoding = begun * np.maximum(output - 1, 0)
-        in_prefill, in_decode = -np.expm1(-begun * chunks), -np.expm1(-decoding)
-        terms = {
-            "prefill_spans": begun * chunks,
-            "prefill_attention": begun * prompt * (prompt + 1) / 2,
-            "prefill_context": begun * prompt * (chunks - 1) / 2,
-            "prefill_adapters": in_prefill,
-            "prefill_adapter_bytes": in_prefill * nbytes,
-            "prefill_adapter_work": begun * prompt * nbytes,
-            "decode_rows": decoding,
-            "decode_context": decoding * (prompt + output / 2),
-            "decode_adapted": decoding * everywhere,
-            "decode_adapters": in_decode * everywhere,
-            "decode_adapter_bytes": in_decode * nbytes * everywhere,
-            "decode_adapted_times_bytes": in_decode * nbytes * everywhere,
-            "samples": begun * output,
-        }
-        features = np.zeros((len(index), len(FEATURES)))
-        for name, values in terms.items():
-            features[:, FEATURES.index(name)] = values
+        adapted = decoding * self._everywhere
+        rows, running = begun * prompt + decoding, begun * chunks + decoding
+        work = (
+            begun * chunks * w["prefill_spans"]
+            + begun * prompt * (prompt + 1) / 2 * w["prefill_attention"]
+            + begun * prompt * (chunks - 1) / 2 * w["prefill_context"]
+            + begun * prompt * nbytes * w["prefill_adapter_work"]
+            + decoding * w["decode_rows"]
+            + decoding * (prompt + output / 2) * w["decode_context"]
+            + adapted * w["decode_adapted"]
+            + begun * output * w["samples"]
+        )
+        in_prefill = w["prefill_adapters"] + nbytes * w["prefill_adapter_bytes"] + 0 * t
+        in_decode = self._everywhere * (w["decode_adapters"] + nbytes * w["decode_adapter_bytes"]) + 0 * t
+        every_row = self._everywhere * nbytes * w["decode_adapted_times_bytes"]
+
+        budget = t * self._usable - self._fixed
+        max_rows = np.zeros(len(t))
+        for k in range(len(t)):
+            mean = work[:, k].sum(), rows[:, k].sum(), running[:, k].sum()
+            scale = self._scale_that_fills(k, *mean, begun * chunks, adapted, in_prefill, in_decode, every_row)
+            slope, intercept, max_rows[k] = self._row_line(scale * mean[1])
+            work[:, k] += slope * rows[:, k]
+            in_decode[:, k] += every_row[:, 0] * max(1.0, scale * adapted[:, k].sum())
+            budget[k] = max(budget[k] - intercept, 1e-12)
+
+        kv = running * (prompt + output / 2)
+        length = kv.sum() / max(running.sum(), 1e-12)
+        zero = np.zeros((len(t), len(RESOURCES), len(self.demands)))
+        linear, prefill, decode, resident = (zero.copy() for _ in range(4))
+        linear[:, 0] = (work / budget).T
+        linear[:, 1] = (rows / max_rows).T
+        linear[:, 2] = (running / _poisson_mean(deployment.scheduler.max_num_seqs)).T
+        linear[:, 3] = (kv / (_poisson_mean(deployment.kv_tokens / length) * length)).T
+        prefill[:, 0] = (in_prefill / budget).T
+        decode[:, 0] = (in_decode / budget).T
         # Slots are held while adapters load, too, and freed late: counted as if requests ran twice as long.
-        slots = -np.expm1(-2 * (begun * chunks + decoding * everywhere))
-        return features, begun * prompt + decoding, begun * chunks + decoding, slots
+        resident[:, 4] = 1 / max(deployment.max_loras, 1e-9)
+        resident[:, 5] = nbytes.T / max(deployment.adapter_bytes, 1e-9)
+        chances = [(begun * chunks, prefill), (adapted, decode), (2 * (begun * chunks + adapted), resident)]
+        return linear, [(exponents.T[:, None], amounts) for exponents, amounts in chances]
 
-    def _linearised(self, t: float) -> tuple[float, float, float, float]:
-        """At the rate of this mix of demands that fills a step of length t: seconds a row, seconds a step for all that
-        grows with demand, rows in a step at most, adapted decode rows in a step.
-
-        The cost of rows is piecewise linear; the line is the lowest over it, from 0 to the next knot, at that rate.
-        """
-        server = self.server
-        budget = t * server.headroom * (1 - server.train_share) - self._fixed
-        everything = np.arange(len(self.demands))
-        low, high = 0.0, 1e9
-        for _ in range(60):
-            scale = (low * high) ** 0.5 if low else high / 10
-            features, rows, running, _ = self._features(everything, self._rate * scale, t)
-            adapted = features[:, FEATURES.index("decode_adapted")].sum()
-            features[:, FEATURES.index("decode_adapted_times_bytes")] *= adapted
-            work = float(features.sum(axis=0) @ self._weights) + self._row_seconds(float(rows.sum()))
-            held = work <= budget and running.sum() <= server.max_num_seqs
-            held = held and rows.sum() <= server.max_num_batched_tokens
-            low, high = (scale, high) if held else (low, scale)
-            if low and high / low < 1.001:
-                break
-        x = float(rows.sum())
-        end = min(next((knot for knot in ROW_KNOTS if knot >= 1.5 * x), np.inf), server.max_num_batched_tokens)
-        knots = [knot for knot in ROW_KNOTS if knot < end] + [end]
-        slope, intercept = min(self._lines_over(knots), key=lambda line: line[1] + line[0] * x)
-        return slope, max(budget - intercept, 1e-12), end, max(adapted, 1.0)
+    def _scale_that_fills(
+        self,
+        k: int,
+        work: float,
+        rows: float,
+        running: float,
+        begun: Array,
+        adapted: Array,
+        in_prefill: Array,
+        in_decode: Array,
+        every_row: Array,
+    ) -> float:
+        """By how much this mix of demands has to grow or shrink to fill a step of mode k."""
+        scheduler = self._deployment.scheduler
+        budget = self.step_times[k] * self._usable - self._fixed
+        most = min(scheduler.max_num_seqs / running, scheduler.max_num_batched_tokens / rows)
+        low, high = 0.0, most
+        for _ in range(30):
+            scale = (low + high) / 2
+            present = -np.expm1(-scale * adapted[:, k])
+            seconds = scale * work + self._row_seconds(scale * rows)
+            seconds += -np.expm1(-scale * begun[:, k]) @ in_prefill[:, k] + present @ in_decode[:, k]
+            seconds += scale * adapted[:, k].sum() * (present @ every_row[:, 0])
+            low, high = (scale, high) if seconds <= budget else (low, scale)
+        return high
 
     def _row_seconds(self, rows: float) -> float:
         ends = [*ROW_KNOTS[1:], np.inf]
-        widths = [max(0.0, min(rows, end) - start) for start, end in zip(ROW_KNOTS, ends, strict=True)]
-        return float(self._weights[ROW_TERMS] @ widths)
+        return sum(
+            self._weights[f"rows_from_{start}"] * max(0.0, min(rows, end) - start)
+            for start, end in zip(ROW_KNOTS, ends, strict=True)
+        )
 
-    def _lines_over(self, knots: Sequence[float]) -> list[tuple[float, float]]:
-        """(slope, intercept) of lines through two knots of the row cost that lie under none of the knots."""
+    def _row_line(self, x: float) -> tuple[float, float, float]:
+        """(slope, intercept, end): the line over the piecewise linear cost of rows that is lowest at x, from 0 to
+        end."""
+        most = self._deployment.scheduler.max_num_batched_tokens
+        end = min(next((knot for knot in ROW_KNOTS if knot >= 1.5 * x), most), most)
+        knots = [*(knot for knot in ROW_KNOTS if knot < end), end]
         cost = [self._row_seconds(knot) for knot in knots]
         lines = []
         for i, a in enumerate(knots):
             for j in range(i + 1, len(knots)):
                 slope = (cost[j] - cost[i]) / (knots[j] - a)
                 intercept = cost[i] - slope * a
-                if all(intercept + slope * k >= c - 1e-12 for k, c in zip(knots, cost, strict=True)):
-                    lines.append((slope, intercept))
-        return lines
+                if all(intercept + slope * knot >= c - 1e-12 for knot, c in zip(knots, cost, strict=True)):
+                    lines.append((slope, intercept, end))
+        return min(lines, key=lambda line: line[1] + line[0] * x)
 
 
 def _poisson_mean(most: float) -> float:

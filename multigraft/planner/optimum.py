@@ -53,14 +53,13 @@ def _fitting(loads: Loads, parts: int) -> np.ndarray:
     """(patterns, adapters) int8: all that one GPU holds."""
     n = len(loads.demands)
     fractions = np.arange(parts + 1) / parts
-    table = np.stack([loads.uses([i] * (parts + 1), fractions) for i in range(n)])
-    table[:, 0] = 0  # no part takes nothing
+    table = [loads.uses([i] * (parts + 1), fractions) * (fractions > 0) for i in range(n)]
     patterns = np.zeros((1, 0), dtype=np.int8)
-    sums = np.zeros((1, *table.shape[2:]))
+    sums = np.zeros((*table[0].shape[:2], 1))
     for i in range(n):  # a pattern that does not fit is not extended
-        grown = (sums[:, None] + table[i]).reshape(-1, *table.shape[2:])
+        grown = (sums[..., None] + table[i][:, :, None]).reshape(*sums.shape[:2], -1)
         counts = np.tile(np.arange(parts + 1, dtype=np.int8), len(patterns))
         patterns = np.column_stack([np.repeat(patterns, parts + 1, axis=0), counts])
         fit = fullness(grown) <= 1 + ROUNDING
-        patterns, sums = np.ascontiguousarray(patterns[fit]), grown[fit]
+        patterns, sums = np.ascontiguousarray(patterns[fit]), grown[..., fit]
     return patterns

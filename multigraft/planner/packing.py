@@ -10,8 +10,8 @@ from .placement import ROUNDING, Array, Loads, Placement, check_possible, fits, 
 
 MIN_SHARE = 1 / 32
 """No adapter is cut into smaller parts, unless its demand alone fills as many GPUs."""
-EFFORT = 4_000_000
-"""Numbers of uses compared in search for a better packing, in thousands; bounds the time on large instances."""
+TRIES = 5_000
+"""Looks for room in one search of exchanges, about 40 us each."""
 
 Piece = tuple[int, float]
 """A demand by index, and a share of it."""
@@ -21,29 +21,49 @@ class Bins:
     """GPUs being filled."""
 
     def __init__(self, loads: Loads, num_gpus: int):
-        modes, resources = loads.uses([0], [1.0]).shape[1:]
+        modes, resources, _ = loads.uses([0], [1.0]).shape
         self.loads = loads
-        self.sums: Array = np.zeros((num_gpus, modes, resources))
+        self.sums: Array = np.zeros((modes, resources, num_gpus))
         self.held: list[dict[int, float]] = [{} for _ in range(num_gpus)]
+        self._known: dict[Piece, Array] = {}
 
     def use(self, piece: Piece) -> Array:
-        return self.loads.uses([piece[0]], [piece[1]])[0]
+        use = self._known.get(piece)
+        if use is None:
+            use = self._known[piece] = self.loads.uses([piece[0]], [piece[1]])[..., 0]
+        return use
+
+    def size(self, piece: Piece) -> float:
+        return float(fullness(self.use(piece)))
+
+    def but(self, gpu: int) -> Bins:
+        """A copy without one GPU and what it holds."""
+        fewer = Bins(self.loads, len(self.held) - 1)
+        fewer.sums = np.delete(self.sums, gpu, axis=2)
+        fewer.held = [dict(held) for g, held in enumerate(self.held) if g != gpu]
+        fewer._known = self._known
+        return fewer
+
+    def grow(self, num_gpus: int) -> None:
+        """Add empty GPUs."""
+        self.sums = np.concatenate([self.sums, np.zeros((*self.sums.shape[:2], num_gpus))], axis=2)
+        self.held += [{} for _ in range(num_gpus)]
 
     def put(self, gpu: int, piece: Piece, use: Array) -> None:
         """Add a piece of a demand that the GPU does not hold yet."""
         i, share = piece
         assert i not in self.held[gpu]
         self.held[gpu][i] = share
-        self.sums[gpu] += use
+        self.sums[..., gpu] += use
 
     def take(self, gpu: int, i: int) -> Piece:
         piece = (i, self.held[gpu].pop(i))
-        self.sums[gpu] -= self.use(piece)
+        self.sums[..., gpu] -= self.use(piece)
         return piece
 
     def best_fit(self, piece: Piece, use: Array, among: slice = slice(None), avoid: int = -1) -> bool:
         """Put a piece where it leaves least room; False when it fits nowhere."""
-        full = fullness(self.sums[among] + use)
+        full = fullness(self.sums[..., among] + use[..., None])
         full[full > 1 + ROUNDING] = -1
         for gpu in np.argsort(-full, kind="stable")[:8] if len(full) > 1 else [0]:
             if full[gpu] < 0:
@@ -102,26 +122,23 @@ def lower_bound(loads: Loads) -> int:
     """
     uses = loads.uses(range(len(loads.demands)), np.ones(len(loads.demands)))
     finite = np.where(np.isfinite(uses), uses, np.inf)
-    single = finite.min(axis=1).sum(axis=0)
-    evenly = finite.mean(axis=2).min(axis=1).sum()
+    single = finite.min(axis=0).sum(axis=1)
+    evenly = finite.mean(axis=1).min(axis=0).sum()
     return max(1, int(np.ceil(max(single.max(), evenly) - 1e-6)))
 
 
 def cut(loads: Loads, limit: float = 1.0) -> list[Piece]:
-    """Whole demands, and those that fill a GPU beyond `limit` in parts: as large as fit, then the rest."""
+    """Whole demands, and those that fill a GPU beyond `limit` in as few equal parts as fit."""
     check_possible(loads)
     everything = range(len(loads.demands))
     full = fullness(loads.uses(everything, np.ones(len(everything))))
-    pieces = [(i, 1.0) for i in np.flatnonzero(full <= limit + ROUNDING).tolist()]
-    for i in np.flatnonzero(full > limit + ROUNDING).tolist():
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fullness(loads.uses([i], [middle]))[0] <= limit else (low, middle)
-        parts = int(1 / low)
-        pieces += [(i, low)] * parts
-        if 1 - parts * low > ROUNDING:
-            pieces.append((i, 1 - parts * low))
+    pieces: list[Piece] = []
+    for i, size in enumerate(full.tolist()):
+        parts = 1
+        while size > limit + ROUNDING:
+            parts += 1
+            size = float(fullness(loads.uses([i], [1 / parts]))[0])
+        pieces += [(i, 1 / parts)] * parts
     return pieces
 
 
@@ -133,13 +150,8 @@ def place(loads: Loads, *, whole: bool = False) -> Placement:
     """
     pieces = cut(loads)
     uses = loads.uses(*zip(*pieces, strict=True))
-    effort = len(pieces) * uses.size // 1000
-    best: Bins | None = None
-    for order in _orders(uses)[: max(1, EFFORT // (effort + 1))]:
-        bins = _filled(loads, pieces, uses, order)
-        if best is None or len(bins.held) < len(best.held):
-            best = bins
-    assert best is not None
+    filled = (_filled(loads, pieces, uses, order) for order in _orders(uses))
+    best = min(filled, key=lambda bins: len(bins.held))
     least = lower_bound(loads)
     while len(best.held) > least:
         fewer = _drained(best, whole)
@@ -151,9 +163,9 @@ def place(loads: Loads, *, whole: bool = False) -> Placement:
 
 def _orders(uses: Array) -> list[Sequence[int]]:
     """Of pieces, largest first by several measures: their fullest resource in each mode, their sum; as they came."""
-    in_modes = np.where(np.isfinite(uses), uses, 0).max(axis=2)
-    keys = [in_modes.min(axis=1), *np.moveaxis(in_modes, 1, 0)[::-2], np.median(uses.sum(axis=2), axis=1)]
-    return [*(np.argsort(-key, kind="stable").tolist() for key in keys), range(len(uses))]
+    in_modes = np.where(np.isfinite(uses), uses, 0).max(axis=1)
+    keys = [in_modes.min(axis=0), *in_modes[::-2], np.median(uses.sum(axis=1), axis=0)]
+    return [*(np.argsort(-key, kind="stable").tolist() for key in keys), range(uses.shape[2])]
 
 
 def _filled(loads: Loads, pieces: Sequence[Piece], uses: Array, order: Sequence[int]) -> Bins:
@@ -161,32 +173,28 @@ def _filled(loads: Loads, pieces: Sequence[Piece], uses: Array, order: Sequence[
     bins = Bins(loads, len(pieces))
     opened = 0
     for p in order:
-        if not (opened and bins.best_fit(pieces[p], uses[p], slice(opened))):
-            bins.put(opened, pieces[p], uses[p])
+        if not (opened and bins.best_fit(pieces[p], uses[..., p], slice(opened))):
+            bins.put(opened, pieces[p], uses[..., p])
             opened += 1
-    bins.sums, bins.held = bins.sums[:opened], bins.held[:opened]
+    bins.sums, bins.held = bins.sums[..., :opened], bins.held[:opened]
     return bins
 
 
 def _drained(bins: Bins, whole: bool) -> Bins | None:
     """The same pieces on one GPU fewer, or None."""
     for gpu in np.argsort(fullness(bins.sums))[: 3 if len(bins.held) < 100 else 1].tolist():
-        kept = [g for g in range(len(bins.held)) if g != gpu]
-        fewer = Bins(bins.loads, len(kept))
-        fewer.sums = bins.sums[kept]
-        fewer.held = [dict(bins.held[g]) for g in kept]
-        homeless = [(i, share) for i, share in bins.held[gpu].items()]
-        homeless = _exchange(fewer, homeless, rounds=400 if len(kept) < 100 else 100)
+        fewer = bins.but(gpu)
+        homeless = _exchange(fewer, list(bins.held[gpu].items()))
         if not homeless or (not whole and all([fewer.pour(p) for p in _largest_first(fewer, homeless)])):
             return fewer
     return None
 
 
 def _largest_first(bins: Bins, pieces: Iterable[Piece]) -> list[Piece]:
-    return sorted(pieces, key=lambda p: (-float(fullness(bins.use(p))), p))
+    return sorted(pieces, key=lambda p: (-bins.size(p), p))
 
 
-def _exchange(bins: Bins, homeless: list[Piece], rounds: int) -> list[Piece]:
+def _exchange(bins: Bins, homeless: list[Piece]) -> list[Piece]:
     """Find room for pieces, putting out others in turn; what is homeless in the best state, in which `bins` is left.
 
     A piece that fits nowhere takes the place of smaller ones on a GPU drawn at random, as long as that lessens what
@@ -195,9 +203,11 @@ def _exchange(bins: Bins, homeless: list[Piece], rounds: int) -> list[Piece]:
     rng = np.random.default_rng(0)
     waiting = list(homeless)
     best_size, best = np.inf, (bins.sums.copy(), [dict(h) for h in bins.held], list(waiting))
-    for _ in range(rounds):
+    tries = 0
+    while tries < TRIES:
+        tries += len(waiting)
         waiting = [p for p in _largest_first(bins, waiting) if not bins.best_fit(p, bins.use(p))]
-        size = sum(float(fullness(bins.use(p))) for p in waiting)
+        size = sum(map(bins.size, waiting))
         if size < best_size:
             best_size, best = size, (bins.sums.copy(), [dict(h) for h in bins.held], list(waiting))
         if not waiting or not bins.held:
@@ -208,7 +218,7 @@ def _exchange(bins: Bins, homeless: list[Piece], rounds: int) -> list[Piece]:
             break
         gpu = gpus[int(rng.integers(len(gpus)))]
         use = bins.use(piece)
-        while bins.held[gpu] and not fits(bins.sums[gpu] + use):
+        while bins.held[gpu] and not fits(bins.sums[..., gpu] + use):
             names = list(bins.held[gpu])
             waiting.append(bins.take(gpu, names[int(rng.integers(len(names)))]))
         bins.put(gpu, piece, use)
@@ -230,7 +240,7 @@ def spread(loads: Loads, num_gpus: int) -> Placement | None:
         free = [gpu for gpu in range(num_gpus) if piece[0] not in bins.held[gpu]]
         if not free:
             return None
-        bins.put(free[int(fullness(bins.sums[free] + use).argmin())], piece, use)
+        bins.put(free[int(fullness(bins.sums[..., free] + use[..., None]).argmin())], piece, use)
     _level(bins)
     return bins.placement() if (fullness(bins.sums) <= 1 + ROUNDING).all() else None
 
@@ -242,10 +252,10 @@ def _level(bins: Bins) -> None:
         source = int(full.argmax())
         for i, share in list(bins.held[source].items()):
             use = bins.use((i, share))
-            after = fullness(bins.sums + use)
+            after = fullness(bins.sums + use[..., None])
             after[[i in held for held in bins.held]] = np.inf
             target = int(after.argmin())
-            if max(after[target], float(fullness(bins.sums[source] - use))) < full[source] - 1e-6:
+            if max(after[target], float(fullness(bins.sums[..., source] - use))) < full[source] - 1e-6:
                 bins.put(target, bins.take(source, i), use)
                 break
         else:
@@ -270,13 +280,11 @@ def replace(old: Placement, loads: Loads, *, shrink: bool = True) -> Placement:
         if bins.best_fit(piece, bins.use(piece)) or bins.pour(piece):
             continue
         fresh = place(_Part(loads, piece))
-        grown = Bins(loads, len(bins.held) + fresh.num_gpus)
-        grown.sums[: len(bins.held)] = bins.sums
-        grown.held[: len(bins.held)] = bins.held
+        first = len(bins.held)
+        bins.grow(fresh.num_gpus)
         for gpu, share in fresh.shares[loads.demands[piece[0]].name].items():
             part = (piece[0], piece[1] * share)
-            grown.put(len(bins.held) + gpu, part, grown.use(part))
-        bins = grown
+            bins.put(first + gpu, part, bins.use(part))
     if shrink:
         _drain_in_place(bins)
     return bins.placement()
@@ -297,10 +305,10 @@ class _Part:
 def _relieved(bins: Bins, gpu: int) -> list[Piece]:
     """Take pieces from a GPU until it is not too full: the smallest that is enough, or else the largest, again."""
     taken: list[Piece] = []
-    while not fits(bins.sums[gpu]):
+    while not fits(bins.sums[..., gpu]):
         held = list(bins.held[gpu].items())
         uses = bins.loads.uses(*zip(*held, strict=True))
-        enough = np.flatnonzero(fullness(bins.sums[gpu] - uses) <= 1 + ROUNDING)
+        enough = np.flatnonzero(fullness(bins.sums[..., gpu, None] - uses) <= 1 + ROUNDING)
         size = fullness(uses)
         chosen = enough[size[enough].argmin()] if len(enough) else size.argmax()
         taken.append(bins.take(gpu, held[int(chosen)][0]))
@@ -311,13 +319,13 @@ def _drain_in_place(bins: Bins) -> None:
     """Empty GPUs, the least full first, as long as the others have room for their adapters, uncut."""
     for gpu in np.argsort(fullness(bins.sums), kind="stable").tolist():
         before = bins.sums.copy(), [dict(held) for held in bins.held]
-        full_before = bins.sums[gpu].copy()
+        full_before = bins.sums[..., gpu].copy()
         pieces = _largest_first(bins, [bins.take(gpu, i) for i in list(bins.held[gpu])])
         empty = [g for g, held in enumerate(bins.held) if not held and g != gpu]
-        bins.sums[[gpu, *empty]] = np.inf  # nothing goes there
+        bins.sums[..., [gpu, *empty]] = np.inf  # nothing goes there
         ok = all(bins.best_fit(piece, bins.use(piece), avoid=gpu) for piece in pieces)
-        bins.sums[[gpu, *empty]] = 0
+        bins.sums[..., [gpu, *empty]] = 0
         if not ok:
             bins.sums, bins.held = before
-            assert np.array_equal(bins.sums[gpu], full_before)
+            assert np.array_equal(bins.sums[..., gpu], full_before)
             return

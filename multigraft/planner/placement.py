@@ -51,16 +51,17 @@ class Loads(Protocol):
     def resources(self) -> Sequence[str]: ...
 
     def uses(self, which: Sequence[int], shares: Sequence[float] | Array) -> Array:
-        """(n, modes, resources) for n pieces: shares[i] of the requests of demands[which[i]]. Grows with the share."""
+        """(modes, resources, n) for n pieces: shares[i] of the requests of demands[which[i]]. Grows with the share."""
         ...
 
 
 def fullness(uses: Array) -> Array:
-    """(..., modes, resources) to (...): the fullest resource in the best mode; a GPU holds what is at most 1."""
-    return uses.max(axis=-1).min(axis=-1)
+    """(modes, resources, n) to (n,): the fullest resource in the best mode; a GPU holds what is at most 1."""
+    return uses.max(axis=1).min(axis=0)
 
 
 def fits(uses: Array) -> bool:
+    """Whether one GPU holds it; uses: (modes, resources)."""
     return bool(fullness(uses) <= 1 + ROUNDING)
 
 
@@ -91,14 +92,14 @@ class Placement:
         return len(self.copies - old.copies)
 
     def sums(self, loads: Loads) -> Array:
-        """(GPUs, modes, resources). InvalidRequest when it does not place just the adapters of `loads`."""
+        """(modes, resources, GPUs). InvalidRequest when it does not place just the adapters of `loads`."""
         index = {demand.name: i for i, demand in enumerate(loads.demands)}
         check_names(self.shares, index)
         pieces = [(index[name], gpu, share) for name, gpus in self.shares.items() for gpu, share in gpus.items()]
         which, gpus, shares = zip(*pieces, strict=True) if pieces else ((), (), ())
         uses = loads.uses(which, shares)
-        sums = np.zeros((self.num_gpus, *uses.shape[1:]))
-        np.add.at(sums, np.array(gpus, dtype=int), uses)
+        sums = np.zeros((*uses.shape[:2], self.num_gpus))
+        np.add.at(sums, (slice(None), slice(None), np.array(gpus, dtype=int)), uses)
         return sums
 
     def write(self, path: Path) -> None:
@@ -157,8 +158,8 @@ def check_possible(loads: Loads) -> None:
     few = np.full(len(loads.demands), 1e-6)
     uses = loads.uses(range(len(few)), few)
     for i in np.flatnonzero(fullness(uses) > 1):
-        mode = uses[i].max(axis=-1).argmin()
-        resource = loads.resources[int(uses[i, mode].argmax())]
+        mode = uses[:, :, i].max(axis=1).argmin()
+        resource = loads.resources[int(uses[mode, :, i].argmax())]
         raise CapacityExceeded(
             f"Adapter {loads.demands[i].name!r} cannot be served within the limits, not even a single request at a "
             f"time: the binding limit is {resource}."
