@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from .packing import Bins, Piece, cut
-from .placement import ROUNDING, Loads, Method, Placement, fits, fullness, holds
+from .placement import ROUNDING, Loads, Placement, fits, fullness, holds
 
 TESTED_AT = (1, 2, 4, 8)
 """Served counts of the paper's greedy before its multiples of two from 8 on; below 8 only when 8 are too many."""
@@ -19,11 +19,7 @@ def round_robin(loads: Loads, num_gpus: int) -> Placement | None:
     """In turn, whatever their demand. Adapters too large for a GPU are cut before, as for every method here."""
     bins = Bins(loads, num_gpus)
     for turn, piece in enumerate(cut(loads)):
-        gpus = [(turn + k) % num_gpus for k in range(num_gpus)]
-        gpu = next((g for g in gpus if piece[0] not in bins.held[g]), None)
-        if gpu is None:
-            return None
-        bins.put(gpu, piece, bins.use(piece))
+        bins.put(turn % num_gpus, piece)
     return _if_held(bins)
 
 
@@ -31,13 +27,10 @@ def first_fit(loads: Loads, num_gpus: int) -> Placement | None:
     """As they come, each to the first GPU that has room."""
     bins = Bins(loads, num_gpus)
     for piece in cut(loads):
-        use = bins.use(piece)
-        for gpu in np.flatnonzero(fullness(bins.sums + use[..., None]) <= 1 + ROUNDING).tolist():
-            if piece[0] not in bins.held[gpu]:
-                bins.put(gpu, piece, use)
-                break
-        else:
+        room = np.flatnonzero(fullness(bins.sums + bins.use(piece)[..., None]) <= 1 + ROUNDING)
+        if not len(room):
             return None
+        bins.put(int(room[0]), piece)
     return bins.placement()
 
 
@@ -51,7 +44,7 @@ def paper_greedy(loads: Loads, num_gpus: int) -> Placement | None:
     for gpu in range(num_gpus):
         count = _largest_passing(loads, queue)
         for piece in queue[:count]:
-            bins.put(gpu, piece, bins.use(piece))
+            bins.put(gpu, piece)
         queue = queue[count:]
         if not queue:
             return bins.placement()
@@ -73,9 +66,7 @@ def _zig_zag(loads: Loads) -> list[Piece]:
 
 def _largest_passing(loads: Loads, queue: Sequence[Piece]) -> int:
     def passes(count: int) -> bool:
-        served = queue[:count]
-        distinct = len({i for i, _ in served}) == len(served)
-        return distinct and fits(loads.uses(*zip(*served, strict=True)).sum(axis=2))
+        return fits(loads.uses(*zip(*queue[:count], strict=True)).sum(axis=2))
 
     points = [8]
     while points[-1] < len(queue):
@@ -115,8 +106,7 @@ def dlora(loads: Loads, num_gpus: int, copies: int = 2) -> Placement | None:
     bins = Bins(loads, num_gpus)
     for i, gpus in enumerate(on):
         for gpu in gpus:
-            piece = (i, 1 / len(gpus))
-            bins.put(gpu, piece, bins.use(piece))
+            bins.put(gpu, (i, 1 / len(gpus)))
     return _if_held(bins)
 
 

@@ -61,8 +61,11 @@ class ServerLoads:
         self._prompt = np.array([d.prompt_len for d in demands], dtype=float)[:, None]
         self._output = np.array([d.output_len for d in demands], dtype=float)[:, None]
         self._rate = np.array([d.rate for d in demands], dtype=float)[:, None]
-        self._everywhere = np.array([d.scope is Scope.ALL for d in demands])[:, None]
-        self._bytes = np.array([profile.adapter_bytes(d.rank) for d in demands], dtype=float)[:, None]
+        self._adapted = np.array([d.rank > 0 for d in demands])[:, None]
+        self._everywhere = np.array([d.scope is Scope.ALL and d.rank > 0 for d in demands])[:, None]
+        nbytes = [profile.adapter_bytes(d.rank) if d.nbytes is None else d.nbytes for d in demands]
+        self._bytes = np.array(nbytes, dtype=float)[:, None]
+        self._check_each()
         self._fixed = sum(self._weights[name] for name in ("step", "has_adapters", "has_prefill"))
         longest = self._longest_step(slo or SLO())
         self.step_times: Array = np.geomspace(min(2 * self._fixed / self._usable, longest), longest, NUM_STEP_TIMES)
@@ -74,12 +77,27 @@ class ServerLoads:
         uses = share * self._linear[..., i]
         for exponents, amounts in self._chances:
             uses -= np.expm1(-share * exponents[..., i]) * amounts[..., i]
-        uses[:, -1] += 1 / self._deployment.max_cpu_loras
+        uses[:, -1] += 1 / max(self._deployment.max_cpu_loras, 1)
         return uses
 
     def itl_s(self, sums: Array) -> Array:
         """(modes, resources, GPUs) to (GPUs,): inter-token latency to expect; infinite where the load does not fit."""
         return np.where(sums.max(axis=1) <= 1 + ROUNDING, self.step_times[:, None], np.inf).min(axis=0)
+
+    def _check_each(self) -> None:
+        """CapacityExceeded for an adapter that the server could not even hold, or whose requests it would refuse."""
+        d = self._deployment
+        tokens = (self._prompt + self._output)[:, 0]
+        for wanted, nbytes, length in zip(self.demands, self._bytes[:, 0], tokens, strict=True):
+            limits = [("max_model_len", length, d.max_model_len)]
+            if wanted.rank:
+                limits += [("adapter memory", nbytes, d.adapter_bytes), ("max_loras", 1, d.max_loras)]
+            for name, need, limit in limits:
+                if need > limit:
+                    raise CapacityExceeded(
+                        f"Adapter {wanted.name!r} cannot be served: it needs {need:.0f}, and the binding limit is "
+                        f"{name} = {limit}."
+                    )
 
     def _longest_step(self, slo: SLO) -> float:
         longest = slo.itl if slo.itl is not None else SLOWEST_STEPS * self._fixed
@@ -117,7 +135,7 @@ class ServerLoads:
             + adapted * w["decode_adapted"]
             + begun * output * w["samples"]
         )
-        in_prefill = w["prefill_adapters"] + nbytes * w["prefill_adapter_bytes"] + 0 * t
+        in_prefill = self._adapted * (w["prefill_adapters"] + nbytes * w["prefill_adapter_bytes"]) + 0 * t
         in_decode = self._everywhere * (w["decode_adapters"] + nbytes * w["decode_adapter_bytes"]) + 0 * t
         every_row = self._everywhere * nbytes * w["decode_adapted_times_bytes"]
 
@@ -142,8 +160,8 @@ class ServerLoads:
         prefill[:, 0] = (in_prefill / budget).T
         decode[:, 0] = (in_decode / budget).T
         # Slots are held while adapters load, too, and freed late: counted as if requests ran twice as long.
-        resident[:, 4] = 1 / max(deployment.max_loras, 1e-9)
-        resident[:, 5] = nbytes.T / max(deployment.adapter_bytes, 1e-9)
+        resident[:, 4] = self._adapted.T / max(deployment.max_loras, 1e-9)
+        resident[:, 5] = nbytes.T / max(deployment.adapter_bytes, 1)
         chances = [(begun * chunks, prefill), (adapted, decode), (2 * (begun * chunks + adapted), resident)]
         return linear, [(exponents.T[:, None], amounts) for exponents, amounts in chances]
 

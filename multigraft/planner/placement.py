@@ -17,7 +17,8 @@ from multigraft.core.region import Scope
 Array = npt.NDArray[np.float64]
 
 ROUNDING = 1e-9
-"""Sums of shares may miss 1 by this much."""
+"""Sums may miss 1 by this much."""
+MOST_GPUS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +32,10 @@ class Demand:
     """Tokens, mean."""
     output_len: float
     rank: int
+    """0: the base model, without adapter."""
     scope: Scope = Scope.ALL
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.rate * (self.prompt_len + self.output_len)
+    nbytes: int | None = None
+    """On the device; None: as the profile says for the rank."""
 
 
 class Loads(Protocol):
@@ -127,16 +127,14 @@ class Method(Protocol):
     def __call__(self, loads: Loads, num_gpus: int) -> Placement | None: ...
 
 
-def fewest(method: Method, loads: Loads, *, start: int = 1, limit: int = 4096) -> Placement:
+def fewest(method: Method, loads: Loads) -> Placement:
     """The placement of the fewest GPUs with which the method succeeds, supposing that more GPUs never hurt it."""
     check_possible(loads)
-    low, high = start - 1, start  # it fails with `low`
-    found = method(loads, high)
-    while found is None:
+    low, high = 0, 1  # it fails with `low`
+    while (found := method(loads, high)) is None:
         low, high = high, high * 2
-        if high > 2 * limit:
-            raise CapacityExceeded(f"{len(loads.demands)} adapters do not fit on {limit} GPUs by this method.")
-        found = method(loads, high)
+        if high > 2 * MOST_GPUS:
+            raise CapacityExceeded(f"{len(loads.demands)} adapters do not fit on {MOST_GPUS} GPUs by this method.")
     while high - low > 1:
         middle = (low + high) // 2
         better = method(loads, middle)
@@ -152,17 +150,16 @@ def holds(placement: Placement, loads: Loads) -> bool:
 
 
 def check_possible(loads: Loads) -> None:
-    """CapacityExceeded, naming what is short, when an adapter fits on no GPU in however small a share."""
+    """CapacityExceeded, naming what is short, when an adapter does not fit even on MOST_GPUS GPUs of its own."""
     if not loads.demands:
         raise InvalidRequest("There is no adapter to place.")
-    few = np.full(len(loads.demands), 1e-6)
-    uses = loads.uses(range(len(few)), few)
+    uses = loads.uses(range(len(loads.demands)), np.full(len(loads.demands), 1 / MOST_GPUS))
     for i in np.flatnonzero(fullness(uses) > 1):
         mode = uses[:, :, i].max(axis=1).argmin()
         resource = loads.resources[int(uses[mode, :, i].argmax())]
         raise CapacityExceeded(
-            f"Adapter {loads.demands[i].name!r} cannot be served within the limits, not even a single request at a "
-            f"time: the binding limit is {resource}."
+            f"Adapter {loads.demands[i].name!r} cannot be served within the limits, not even by {MOST_GPUS} GPUs: the "
+            f"binding limit is {resource}."
         )
 
 
