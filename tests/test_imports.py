@@ -14,6 +14,7 @@ ALLOWED = {
     "scheduling": {"core", "kvcache"},
     "kernels": set(),
     "adapters": {"core", "kernels"},
+    "training": {"core", "kernels", "adapters"},
     "models": {"core", "kvcache", "kernels", "adapters"},
     "engine": {"core", "kvcache", "scheduling", "kernels", "adapters", "models"},
     "metrics": {"core", "engine.client"},

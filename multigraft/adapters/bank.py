@@ -17,6 +17,22 @@ COMPACTION_CHUNK = 2**24
 """Elements moved at a time when extents are pushed together: bounds the temporary copy to 32 MiB in bf16."""
 
 
+def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site) -> Factors:
+    """Views of the factors that lie in `arena` where `block` says."""
+
+    def matrix(offset: int, rows: int, cols: int) -> torch.Tensor:
+        return arena[offset : offset + rows * cols].view(rows, cols)
+
+    parts = zip(block.b, block.ranks, site.out_features, strict=True)
+    return Factors(
+        a=matrix(block.a, sum(block.ranks), site.in_features),
+        b=tuple(matrix(offset, rank, out) for offset, rank, out in parts),
+        ranks=block.ranks,
+        scales=block.scales,
+        c=None if block.c is None else matrix(block.c, 1, sum(block.ranks))[0],
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """A copy to the device under way."""
@@ -176,18 +192,7 @@ class Bank:
         block = self._entries[site].get(slot)
         if block is None:
             return None
-        where = self.sites[site]
-        parts = zip(block.b, block.ranks, where.out_features, strict=True)
-        return Factors(
-            a=self._matrix(block.a, sum(block.ranks), where.in_features),
-            b=tuple(self._matrix(offset, rank, out) for offset, rank, out in parts),
-            ranks=block.ranks,
-            scales=block.scales,
-            c=None if block.c is None else self._matrix(block.c, 1, sum(block.ranks))[0],
-        )
-
-    def _matrix(self, offset: int, rows: int, cols: int) -> torch.Tensor:
-        return self.arena[offset : offset + rows * cols].view(rows, cols)
+        return factors_at(self.arena, block, self.sites[site])
 
     def _place(self, slot: int, tenant: _Tenant) -> None:
         """Record where a tenant lies, in the python tables and, on the current stream, in the device's."""

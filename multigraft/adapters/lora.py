@@ -102,6 +102,16 @@ class Lora:
         alpha, rank = self.alpha_pattern.get(path, self.alpha), self.rank_of(path)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site in sites:
+            for path, out_features in zip(site.members, site.out_features, strict=True):
+                if site.kind in SUFFIXES and self.targets.select(path, site.kind):
+                    a, b = (PREFIX + path + suffix for suffix in SUFFIXES[site.kind])
+                    shapes[a] = (self.rank_of(path), site.in_features)
+                    shapes[b] = (out_features, self.rank_of(path))
+        return shapes
+
     def plan(self, shapes: Mapping[str, tuple[int, ...]], sites: Sequence[Site], *, max_rank: int) -> Plan:
         sites = [site for site in sites if site.kind in SUFFIXES]
         base = {path: BaseModule(path, site, m) for site in sites for m, path in enumerate(site.members)}

@@ -71,6 +71,10 @@ class Method(Protocol):
         """Honour or refuse every field of the method; AdapterError names the field and its value."""
         ...
 
+    def shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that a new adapter of this config has on these sites, for training."""
+        ...
+
     def plan(self, shapes: Mapping[str, tuple[int, ...]], sites: Sequence[Site], *, max_rank: int) -> Plan:
         """shapes: of every tensor in the file. AdapterError when they do not fit the config or the base model."""
         ...

@@ -53,6 +53,19 @@ class Reft:
         region = EVERYWHERE if positions == "all" else PromptEnds.parse(positions)
         return cls(method, fields.count("r", 8), tuple(layers), region)
 
+    def shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        outputs = [site for site in sites if site.kind is SiteKind.RESIDUAL]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site in (outputs[layer] for layer in self.layers if layer < len(outputs)):
+            shapes |= self._shapes(site)
+        return shapes
+
+    def _shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Of the three tensors of a layer's output: rotate, weight and bias."""
+        matrix = (self.rank, site.in_features)
+        keys = (f"{PREFIX}{site.members[0]}.reft.{name}" for name in ("rotate", "weight", "bias"))
+        return dict(zip(keys, (matrix, matrix, (self.rank,)), strict=True))
+
     def plan(self, shapes: Mapping[str, tuple[int, ...]], sites: Sequence[Site], *, max_rank: int) -> Plan:
         if self.rank > max_rank:
             raise AdapterError(f"rank {self.rank} is over the limit of {max_rank} (--max-lora-rank).")
@@ -63,8 +76,9 @@ class Reft:
             if layer >= len(outputs):
                 raise AdapterError(f"layers has {layer}, but the base model's layers are 0 to {len(outputs) - 1}.")
             path, hidden = outputs[layer].members[0], outputs[layer].in_features
-            rotate, weight, bias = (f"{PREFIX}{path}.reft.{name}" for name in ("rotate", "weight", "bias"))
-            for key, want in ((rotate, (self.rank, hidden)), (weight, (self.rank, hidden)), (bias, (self.rank,))):
+            wanted = self._shapes(outputs[layer])
+            rotate, weight, bias = wanted
+            for key, want in wanted.items():
                 if key not in left:
                     raise AdapterError(f"`{key}` is missing: the config's layers has {layer}. The file is incomplete.")
                 shape = left.pop(key)

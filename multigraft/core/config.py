@@ -79,11 +79,27 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    max_training_jobs: int = 4
+    """Fine-tuning jobs that run at once; the others wait for their turn. 0 turns fine-tuning off."""
+    train_memory_gib: float | None = None
+    """Memory for the adapters, optimizer states and activations of jobs, in GiB; the default is taken from what is free
+    before the KV pages are."""
+    ttft_slo_ms: float = 1000.0
+    """Time to the first token that training must leave possible, in ms."""
+    tpot_slo_ms: float = 100.0
+    """Time between two tokens of a request that training must leave possible, in ms."""
+    train_priority: float = 1.0
+    """Share of the time left under those two that training may take, 0 to 1. Without requests it takes all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     model: ModelConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     data_dir: Path = Path("~/.cache/multigraft")
     """Converted models, compiled kernels and state live here."""
 

@@ -64,3 +64,9 @@ class InvalidLogits(MultigraftError, ArithmeticError):
 
     status = 500
     code = "invalid_logits"
+
+
+class JobFailed(MultigraftError):
+    """A training job cannot go on; the others, and serving, do."""
+
+    code = "job_failed"

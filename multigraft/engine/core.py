@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -25,8 +26,10 @@ from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.logprobs import prompt_logprobs
 from multigraft.engine.parts import EngineParts
 from multigraft.engine.sampler import Launched, Sampled
+from multigraft.engine.step_clock import StepClock
 from multigraft.engine.structured import Matcher, token_masks
 from multigraft.models.runner import LateTokens, StepOutput
+from multigraft.scheduling.steptime import StepShape
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,19 @@ class _InFlight:
     launched: Launched | None
 
 
+class StepObserver(Protocol):
+    """Hears of every step, on the engine's thread."""
+
+    def scheduled(self, batch: Batch) -> None:
+        """What was decided, before it runs; also without spans."""
+        ...
+
+    def ran(self, batch: Batch, seconds: float) -> None:
+        """Its results are in. seconds: of the turn of the loop that took them in, from schedule() to schedule(); while
+        there is work, these add up to the time that has passed."""
+        ...
+
+
 @dataclass(slots=True)
 class Counters:
     prompt_tokens: int = 0
@@ -89,7 +105,10 @@ class EngineCore:
         self.parts = parts
         self.scheduler = parts.scheduler
         self.step_end = step_end
+        self.trainer = parts.trainer
+        self.observer: StepObserver | None = None
         self.counters = Counters()
+        self._clock = StepClock(parts.loaded.device, self.scheduler.training.observe)
         self.error: BaseException | None = None
         self._live: dict[str, Submission] = {}
         self._inbox: deque[Callable[[], None]] = deque()
@@ -98,6 +117,9 @@ class EngineCore:
         self._copies: list[tuple[AdapterMove, object]] = []
         self._in_flight: _InFlight | None = None
         """On a GPU: the step that runs while the host schedules the next one."""
+        self._collected: Batch | None = None
+        """In this turn of the loop."""
+        self._turn_began = 0.0
         self._failures = 0
         self._emitted = False
         self._thread = threading.Thread(target=self._run, name="multigraft-engine", daemon=True)
@@ -170,26 +192,47 @@ class EngineCore:
                 while self._inbox:
                     self._inbox.popleft()()
                 self._finish_copies()
-                batch = self.scheduler.schedule()
+                self._end_turn()
+                batch = self.scheduler.schedule(self.trainer.work())
+                if self.observer is not None:
+                    self.observer.scheduled(batch)
                 for move in batch.loads:
                     self._start_load(move)
-                if batch or self._in_flight is not None:
-                    self._guarded_step(batch)
+                if batch or batch.train is not None or self._in_flight is not None:
+                    self._timed_step(batch)
                 self._flush()
-                if not batch and self._in_flight is None:
+                if not batch and batch.train is None and self._in_flight is None:
+                    self._clock.idle()
                     self._wake.wait(0.001 if self._copies else 1.0)
         except BaseException as error:
             self.error = error
             log.exception("The engine has died")
         finally:
+            self.trainer.stop_all()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=ShuttingDown("The engine has stopped."))
             self._flush()
+
+    def _end_turn(self) -> None:
+        now, batch = time.monotonic(), self._collected
+        if self.observer is not None and batch is not None:
+            self.observer.ran(batch, now - self._turn_began)
+        self._turn_began, self._collected = now, None
 
     def _flush(self) -> None:
         if self._emitted and self.step_end is not None:
             self.step_end()
         self._emitted = False
+
+    def _timed_step(self, batch: Batch) -> None:
+        """While there are jobs, steps are timed: their training part is sized by what steps took."""
+        if not self.trainer.num_jobs:
+            self._guarded_step(batch)
+            return
+        shape = StepShape.of(batch)
+        self._clock.begin()
+        self._guarded_step(batch)
+        self._clock.end(shape)
 
     def _guarded_step(self, batch: Batch) -> None:
         try:
@@ -197,6 +240,10 @@ class EngineCore:
             self._failures = 0
         except Exception as error:
             self._failures += 1
+            if batch.train is not None and batch.train.forward:
+                # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
+                self.trainer.abandon(error)
+                return
             log.exception("A step failed; its %d requests fail with it", len(batch.spans))
             if self._failures >= MAX_CONSECUTIVE_FAILURES:
                 raise
@@ -219,8 +266,14 @@ class EngineCore:
         finally:
             if before is not None:
                 self._collect(before, committed=True)
-        if step is None:
-            return
+        if step is not None:
+            self._finish(step)
+        if batch.train is not None:
+            self._flush()
+            self.trainer.run(batch.train, ridden=bool(batch))
+
+    def _finish(self, step: _InFlight) -> None:
+        batch = step.batch
         self.counters.steps += 1
         if not self._may_lag(step):
             self._collect(step, committed=False)
@@ -242,7 +295,8 @@ class EngineCore:
         late = None
         if before is not None and before.launched is not None:
             late = LateTokens(before.launched.tokens, {s.request.id: i for i, s in enumerate(before.spans)})
-        output = parts.runner.execute(batch, late)
+        riding = self.trainer.riding(batch.train) if batch.train is not None and batch.train.forward else None
+        output = parts.runner.execute(batch, late, riding)
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
         launched = None
@@ -262,6 +316,7 @@ class EngineCore:
     def _collect(self, step: _InFlight, committed: bool) -> None:
         """Hand a step's results out. committed: the scheduler has it, with PENDING tokens."""
         parts, output = self.parts, step.output
+        self._collected = step.batch
         results: list[Sampled | InvalidLogits] = []
         if step.launched is not None:
             results = parts.sampler.collect(step.launched)

@@ -21,6 +21,8 @@ from multigraft.core.config import EngineConfig
 from multigraft.core.errors import CapacityExceeded
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredOutput
+from multigraft.engine.train_memory import TrainMemory
+from multigraft.engine.trainer import Trainer
 from multigraft.kvcache.pages import PagePool
 from multigraft.kvcache.tensors import PagedKV
 from multigraft.models import attention, backends, graft
@@ -29,8 +31,10 @@ from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.runner import Runner
 from multigraft.models.segments import CpuGrafts, CudaGrafts
+from multigraft.models.train_pass import TrainModel
 from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
+from multigraft.scheduling.training import TrainingShare
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ class EngineParts:
     store: AdapterStore
     scheduler: Scheduler
     sampler: Sampler
+    trainer: Trainer
     structured: StructuredOutput | None
     """None when there is no tokenizer."""
     vocab_size: int
@@ -95,12 +100,14 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         else CpuGrafts(sites, bank, head)
     )
     graft.graft(model, sites, grafts)
-    kv = _allocate_kv(config, loaded)
+    train_memory = TrainMemory.plan(config.training, loaded)
+    kv = _allocate_kv(config, loaded, train_memory.budget)
     backend = backends.choose(config.model.attention_backend, kv)
-    attention.attach(model, backend)
+    attention.attach(model, backend, grafts.train)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
     if config.model.compile or on_graphs:
         _compile_layers(model)
+        train_memory.compiled = True
     runner = Runner(model, backend, grafts, loaded.device)
     if on_graphs:
         started = time.monotonic()
@@ -132,8 +139,9 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         runner=runner,
         bank=bank,
         store=store,
-        scheduler=Scheduler(config.scheduler, pages, residency),
+        scheduler=Scheduler(config.scheduler, pages, residency, TrainingShare(config.training)),
         sampler=Sampler(vocab_size, loaded.device, config.model.seed, loaded.eos_token_ids),
+        trainer=Trainer(TrainModel(model, grafts), train_memory),
         structured=(StructuredOutput(loaded.tokenizer, vocab_size, loaded.eos_token_ids) if loaded.tokenizer else None),
         vocab_size=vocab_size,
     )
@@ -149,7 +157,8 @@ def adapter_bytes(config: EngineConfig, sites: list[Site], dtype: torch.dtype) -
     return config.adapters.max_loras * elements * dtype.itemsize
 
 
-def _allocate_kv(config: EngineConfig, loaded: LoadedModel) -> PagedKV:
+def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int) -> PagedKV:
+    """reserved: bytes to leave for fine-tuning."""
     c = loaded.model.config.get_text_config()
     shape = {
         "num_layers": c.num_hidden_layers,
@@ -162,7 +171,7 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel) -> PagedKV:
         budget = int(config.cache.kv_cache_gib * GIB)
     elif loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        reserve = total * (1 - config.cache.gpu_memory_utilization) + _activation_bytes(config, loaded)
+        reserve = total * (1 - config.cache.gpu_memory_utilization) + _activation_bytes(config, loaded) + reserved
         budget = int(free - reserve)
     else:
         most = config.scheduler.max_num_seqs * -(-loaded.max_model_len // config.cache.page_size) * page_bytes

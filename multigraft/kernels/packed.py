@@ -11,7 +11,7 @@ adapters.reft. y and x may be the same tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,16 +34,21 @@ class Factors:
     c: torch.Tensor | None = None
     """(sum(ranks),) added to A x; None is zero."""
 
+    def members(self) -> Iterator[tuple[slice, slice, float, torch.Tensor]]:
+        """(its ranks' columns of A x, its columns of y, scale, Bᵀ) of each member that the adapter touches."""
+        row = col = 0
+        for rank, scale, b in zip(self.ranks, self.scales, self.b, strict=True):
+            if rank:
+                yield slice(row, row + rank), slice(col, col + b.shape[1]), scale, b
+            row += rank
+            col += b.shape[1]
+
 
 def add_segment(y: torch.Tensor, x: torch.Tensor, f: Factors) -> None:
     """y (rows, sum(out)) += the adapter's output for x (rows, in), in place."""
     h = F.linear(x, f.a, f.c)
-    row = col = 0
-    for rank, scale, b in zip(f.ranks, f.scales, f.b, strict=True):
-        if rank:
-            y[:, col : col + b.shape[1]].addmm_(h[:, row : row + rank], b, alpha=scale)
-        row += rank
-        col += b.shape[1]
+    for ranks, cols, scale, b in f.members():
+        y[:, cols].addmm_(h[:, ranks], b, alpha=scale)
 
 
 def add_equal_segments(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> None:

@@ -15,11 +15,9 @@ from multigraft.models.sdpa import SdpaBackend
 def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV) -> AttentionBackend:
     """auto: FlashInfer on CUDA in half precision when it is installed, else SDPA. ModelNotSupported when the named
     one cannot run."""
-    installed = importlib.util.find_spec("flashinfer") is not None
     fits = kv.k.is_cuda and kv.k.element_size() == 2
-    if name == "flashinfer" and not (installed and fits):
-        cause = "it is not installed" if not installed else f"it needs CUDA and a 16-bit dtype, not {kv.k.dtype}"
+    runs = fits and importlib.util.find_spec("flashinfer") is not None
+    if name == "flashinfer" and not runs:
+        cause = "it is not installed" if fits else f"it needs CUDA and a 16-bit dtype, not {kv.k.dtype}"
         raise ModelNotSupported(f"Attention backend flashinfer cannot run: {cause}. Choose sdpa or auto.")
-    if name == "flashinfer" or (name == "auto" and installed and fits):
-        return FlashInferBackend(kv)
-    return SdpaBackend(kv)
+    return FlashInferBackend(kv) if runs and name != "sdpa" else SdpaBackend(kv)

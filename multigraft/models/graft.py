@@ -16,9 +16,12 @@ from torch import nn
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.core.errors import ModelNotSupported
 from multigraft.kernels import handles
+from multigraft.models.train_rows import TrainContext, trained_linear, trained_residual
 
 PACKED_ROWS = 32
 """Rows for which oneDNN lays out a packed weight; other counts run too."""
+TRAIN_ROWS = 512
+"""The same for the backward pass."""
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that read the same input in transformers' decoder layers."""
@@ -28,7 +31,8 @@ class Grafts(Protocol):
     """What a grafted module asks during a forward pass."""
 
     active: bool
-    """Whether any row of this step is adapted."""
+    """Whether any row of this step that is served is adapted."""
+    train: TrainContext
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place."""
@@ -49,6 +53,23 @@ class GraftPoint:
         self.grafts = grafts
         self.handle = handle
 
+    def linear(self, siblings: SiblingLinears, x: torch.Tensor) -> torch.Tensor:
+        """Base and adapters (..., sum(out_features)) for x (..., in)."""
+        if self.grafts.train.active:
+            width = sum(siblings.out_features)
+            return trained_linear(x.flatten(0, -2), width, self.handle, self.site_tensor).view(*x.shape[:-1], width)
+        y = siblings.base(x)
+        self.add(y, x)
+        return y
+
+    def residual(self, h: torch.Tensor) -> torch.Tensor | None:
+        """The residual stream after the adapters; None when h itself was changed."""
+        if self.grafts.train.active and self.grafts.train.residual:
+            return trained_residual(h.flatten(0, -2), self.handle, self.site_tensor).view_as(h)
+        # A compiled graph takes no input that is another view of what it changes.
+        self.add(h, h.clone() if torch.compiler.is_compiling() else h)
+        return None
+
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         if not self.grafts.active:
             return
@@ -66,6 +87,7 @@ class SiblingLinears(nn.Module):
         super().__init__()
         weight = _cat([linear.weight for linear in linears])
         self._packed: torch.Tensor | None = None
+        self._packed_transposed: torch.Tensor | None = None
         if _packs(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
         else:
@@ -89,11 +111,19 @@ class SiblingLinears(nn.Module):
             return F.linear(x, self._weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
+    def base_backward(self, g: torch.Tensor) -> torch.Tensor:
+        """Gradient (..., in) of the input for the gradient g (..., out) of `base`'s output."""
+        if self._packed is None:
+            return g @ self._weight
+        if self._packed_transposed is None:  # training doubles the memory of packed weights
+            transposed = self._packed.to_dense().T.contiguous()
+            self._packed_transposed = torch.ops.mkldnn._reorder_linear_weight(transposed, TRAIN_ROWS)
+        return torch.ops.mkldnn._linear_pointwise(g, self._packed_transposed, None, "none", [], "")
+
     def part(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Output of one member for x (..., in)."""
         if self._input is not x:
-            y = self.base(x)
-            self.point.add(y, x)
+            y = self.point.linear(self, x)
             if len(self.out_features) == 1:
                 return y
             self._input, self._parts = x, list(y.split(self.out_features, dim=-1))
@@ -148,23 +178,31 @@ class GraftedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = self.base(ids)
-        # Gemma's embedding scales its output; peft scales the adapter's share alike.
-        scale = getattr(self.base, "embed_scale", None)
-        if scale is None or not self.point.grafts.active:
-            self.point.add(y, ids)
+        grafts = self.point.grafts
+        if not (grafts.active or grafts.train.active):
             return y
-        delta = torch.zeros_like(y)
-        self.point.add(delta, ids)
-        return y + delta * scale.to(y.dtype)
+        # Gemma's embedding scales its output; peft scales the adapter's share alike.
+        delta = y if self.scale is None else torch.zeros_like(y)
+        if grafts.train.active:
+            grafts.train.add(self.point.site, delta.flatten(0, -2), ids.flatten())
+        else:
+            self.point.add(delta, ids)
+        return y if self.scale is None else y + delta * self.scale.to(y.dtype)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        return getattr(self.base, "embed_scale", None)
 
 
 def _graft_residual(layer: nn.Module, point: GraftPoint) -> None:
-    """Let the adapters act on the layer's output, a tensor or a tuple that begins with it, in place."""
+    """Let the adapters act on the layer's output, a tensor or a tuple that begins with it."""
 
-    def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        # A compiled graph takes no input that is another view of what it changes.
-        point.add(hidden, hidden.clone() if torch.compiler.is_compiling() else hidden)
+    def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        changed = point.residual(hidden)
+        if changed is None:
+            return None
+        return (changed, *rest) if isinstance(output, tuple) else changed
 
     layer.register_forward_hook(hook)
 
@@ -236,6 +274,7 @@ def graft(model: nn.Module, sites: Iterable[Site], grafts: Grafts) -> None:
             _graft_residual(modules[0], point)
             continue
         siblings = SiblingLinears(modules, point)
+        grafts.train.linears[site.index] = siblings
         for member, path in enumerate(site.members):
             model.set_submodule(path, GraftedLinear(siblings, member, owner=member == 0))
         del modules

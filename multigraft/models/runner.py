@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,12 +54,15 @@ class Runner:
         """When set, runs the steps that it covers."""
 
     @torch.inference_mode()
-    def execute(self, batch: Batch, late: LateTokens | None = None) -> StepOutput:
+    def execute(
+        self, batch: Batch, late: LateTokens | None = None, riding: AbstractContextManager[None] | None = None
+    ) -> StepOutput:
         """One forward pass over every span; KV of all rows is written to their requests' pages.
 
-        late: has every token that is PENDING. Logits are valid until the next call.
+        late: has every token that is PENDING. riding: lets training rows through some of the layers, too (TrainPass).
+        Logits are valid until the next call.
         """
-        if self.graphs is not None and self.graphs.covers(batch):
+        if riding is None and self.graphs is not None and self.graphs.covers(batch):
             return StepOutput(logits=self.graphs.run(batch, late), num_sampled=len(batch.spans), scored=[])
         num_rows = batch.num_tokens
         ids = np.empty(num_rows, dtype=np.int64)
@@ -94,10 +98,11 @@ class Runner:
             source = np.array([late.row(s) for s in batch.spans])
             to, of = (torch.from_numpy(a[source >= 0]).to(self.device) for a in (ends, source))
             input_ids[to] = late.tokens[of].clamp(min=0)
-        logits = self.model(
-            input_ids=input_ids[None],
-            position_ids=torch.from_numpy(positions)[None].to(self.device),
-            use_cache=False,
-            logits_to_keep=torch.from_numpy(head_rows).to(self.device),
-        ).logits[0]
+        with riding or nullcontext():
+            logits = self.model(
+                input_ids=input_ids[None],
+                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(head_rows).to(self.device),
+            ).logits[0]
         return StepOutput(logits=logits, num_sampled=len(sampled), scored=scored)

@@ -14,6 +14,8 @@ from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora import segmented_lora_
 from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_equal_segments, add_segment
 from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
+from multigraft.kernels.train import embedding_forward
+from multigraft.models.train_rows import TrainContext
 
 NO_SLOT = -1
 
@@ -62,6 +64,7 @@ class CpuGrafts:
         self.sites = list(sites)
         self.slots = slots
         self.head_sites = {s.index for s in sites if head in s.members}
+        self.train = TrainContext(sites)
         self.active = False
         self._rows: _Rows | None = None
         self._head_rows: _Rows | None = None
@@ -147,6 +150,7 @@ class CudaGrafts:
         self.bank = bank
         self.head_sites = {s.index for s in sites if head in s.members}
         self.max_rank = max_rank
+        self.train = TrainContext(sites)
         self.active = False
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
@@ -263,4 +267,4 @@ def add_embedding(
     for start, stop, slot in segments:
         f = slots.factors(site, slot)
         if f is not None:
-            y[start:stop].addmm_(f.a[:, ids[start:stop]].T, f.b[0], alpha=f.scales[0])
+            embedding_forward(y[start:stop], ids[start:stop], f)

@@ -8,13 +8,14 @@ from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
 from multigraft.core.batch import Batch, Phase, Span
-from multigraft.core.config import SchedulerConfig
+from multigraft.core.config import SchedulerConfig, TrainingConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest
 from multigraft.core.request import FinishReason, Request
 from multigraft.kvcache.pages import PagePool
 
 from .queue import BASE, Lane, Tenant, WaitingQueue
 from .residency import Residency
+from .training import TrainingShare, TrainWork
 
 PATIENCE = 32
 """Steps that a tenant with nothing running waits for room before it takes some from the heaviest tenant."""
@@ -50,14 +51,18 @@ class Scheduler:
     - Slots. A missing adapter that was passed over by MAX_BYPASS admissions gets the next slot that frees, and the
       longest resident adapters take no new requests until it has one. So it waits for the requests that run then.
 
-    Seams. Training spans will fill what admissions leave of the budget, before the spans are laid out (_lay_out takes
-    the phases in order). A step-time model will bound _token_budget. Asynchronous scheduling, schedule() before the
+    Training takes no tokens of the budget: its rows ride through a step's decoder layers, as many layers as the
+    step-time model says that the latency targets allow (TrainingShare).
+
+    Seams. Asynchronous scheduling, schedule() before the
     previous commit(), needs: positions given to a step counted apart from num_computed, and a placeholder for the
     token not yet sampled; and the pins described in Residency. commit() already passes over requests that ended or
     were preempted meanwhile.
     """
 
-    def __init__(self, config: SchedulerConfig, pages: PagePool, residency: Residency):
+    def __init__(
+        self, config: SchedulerConfig, pages: PagePool, residency: Residency, training: TrainingShare | None = None
+    ):
         if config.max_num_seqs < 1:
             raise InvalidRequest(f"max_num_seqs must be at least 1, got {config.max_num_seqs}.", param="max_num_seqs")
         if config.max_num_batched_tokens < config.max_num_seqs:
@@ -69,6 +74,7 @@ class Scheduler:
         self.config = config
         self.pages = pages
         self.residency = residency
+        self.training = training or TrainingShare(TrainingConfig())
         self.num_preemptions = 0
         self._queue = WaitingQueue()
         self._running: list[Request] = []  # by priority, then in order of admission
@@ -150,9 +156,10 @@ class Scheduler:
 
     # Steps -----------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch:
+    def schedule(self, work: TrainWork | None = None) -> Batch:
         """Plan one step. A batch without spans may have loads to start.
 
+        work: what is left of the training pass in hand; the batch's `train` says how much of it to do.
         While there are requests, a batch without spans means that adapters are loading: nothing will change before
         adapter_loaded or adapter_failed.
         """
@@ -170,6 +177,7 @@ class Scheduler:
         self._admit(prefills, budget)
         self._start_loads(batch)
         batch.spans = _lay_out(prefills, decodes)
+        batch.train = self.training.grant(batch, work, len(self._queue))
         return batch
 
     def commit(self, batch: Batch, sampled: Mapping[str, int]) -> None:

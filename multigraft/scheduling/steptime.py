@@ -150,6 +150,9 @@ FEATURES = (
 product; on CUDA its weight comes out near zero."""
 
 
+_CONTEXT = FEATURES.index("decode_context")
+
+
 @dataclass(slots=True)
 class StepTimeModel:
     """seconds = correction * sum(weights * features), no weight negative."""
@@ -165,6 +168,10 @@ class StepTimeModel:
     def predict(self, shape: StepShape) -> float:
         """Seconds of the step."""
         return self.correction * float(sum(map(mul, self.weights, shape.features())))
+
+    def growth(self, shape: StepShape) -> float:
+        """Seconds by which each following step is longer while the same rows decode."""
+        return self.correction * self.weights[_CONTEXT] * shape.decode_rows
 
     def refine(self, shape: StepShape, seconds: float) -> None:
         """Move the correction a little towards what a step really took; one outlier moves it by 1.4 % at most."""

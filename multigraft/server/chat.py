@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,13 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from multigraft.core.errors import InvalidRequest
+from multigraft.core.messages import plain_message
 from multigraft.core.request import Output
 
 from .choices import Choice, Usage, collect, ending
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .parameters import sampling_params
-from .schemas import ChatRequest, ChatTemplateRequest, Message, check_text
+from .schemas import ChatRequest, ChatTemplateRequest
 from .service import Service
 from .streaming import EventStream, reply
 
@@ -38,55 +37,12 @@ def router(service: Service) -> APIRouter:
 def render(service: Service, body: ChatTemplateRequest, **template_kwargs: Any) -> list[int]:
     """Token ids of the messages under the model's chat template; InvalidRequest names what it cannot take."""
     return service.client.apply_chat_template(
-        [_plain(message, i) for i, message in enumerate(body.messages)],
+        [plain_message(message.model_dump(), f"messages[{i}]") for i, message in enumerate(body.messages)],
         tools=body.tools or None,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=template_kwargs | body.chat_template_kwargs,
     )
-
-
-def _plain(message: Message, i: int) -> dict[str, Any]:
-    """A message as chat templates expect it: text content, tool arguments as objects."""
-    # Templates test whether a key is there, and clients send back messages with "tool_calls": null.
-    plain = {k: v for k, v in (message.model_extra or {}).items() if v is not None}
-    plain["role"] = message.role
-    param = f"messages[{i}].content"
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(_part_text(part, param) for part in message.content)
-    else:
-        plain["content"] = message.content
-    check_text(plain["content"] or "", param)
-
-    calls = plain.get("tool_calls")
-    if calls:
-        plain["tool_calls"] = [_with_parsed_arguments(call, f"messages[{i}].tool_calls") for call in calls]
-    return plain
-
-
-def _part_text(part: dict[str, Any] | str, param: str) -> str:
-    if isinstance(part, str):
-        return part
-    kind, text = part.get("type"), part.get("text")
-    if kind == "text" and isinstance(text, str):
-        return text
-    raise InvalidRequest(
-        f"{param}: only parts of type 'text' with a text are supported, this model reads text only; "
-        f"got a part of type {kind!r:.100}.",
-        param="messages",
-    )
-
-
-def _with_parsed_arguments(call: Any, param: str) -> dict[str, Any]:
-    try:
-        function = dict(call["function"])
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-    except (TypeError, KeyError, ValueError):
-        raise InvalidRequest(
-            f"{param}: a call needs a function with a name and arguments as JSON, got {call!r:.200}.", param="messages"
-        ) from None
-    return {**call, "function": function}
 
 
 class Chat:

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from multigraft.core.errors import InvalidRequest
+from multigraft.core.messages import check_text
 from multigraft.core.request import SamplingParams, StructuredSpec
 
-from .schemas import GenerationRequest, check_text
+from .schemas import GenerationRequest
 
 _SAME_NAME = (
     "n",

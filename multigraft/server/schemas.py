@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from multigraft.core.errors import InvalidRequest
+from multigraft.core.messages import check_text
 from multigraft.core.region import Scope
 
 MAX_N = 128
@@ -42,18 +43,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "guided_whitespace_pattern": (),
 }
-
-
-def check_text(text: str, param: str) -> str:
-    """InvalidRequest for lone surrogates: valid in JSON, but not text that can be tokenised."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = error.start
-        raise InvalidRequest(
-            f"{param} is not valid Unicode: a lone surrogate at character {at}.", param=param
-        ) from None
-    return text
 
 
 class WireRequest(BaseModel):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from multigraft.core.messages import check_text
+
 from .chat import render
 from .replies import JSONReply
-from .schemas import DetokenizeRequest, TokenizeRequest, check_text
+from .schemas import DetokenizeRequest, TokenizeRequest
 from .service import Service
 
 

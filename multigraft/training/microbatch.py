@@ -53,7 +53,9 @@ class Microbatch:
     """None: the base model alone, as dpo's reference."""
     objective: Objective
     grad: bool
-    """False: evaluation; nothing is kept for a backward pass."""
+    """False: evaluation; nothing is kept for a backward pass, and nothing is dropped out."""
+    seed: int = 0
+    """Of its dropout masks: the same when a job is resumed and repeats the microbatch."""
 
     @property
     def num_tokens(self) -> int:

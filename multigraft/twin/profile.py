@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from multigraft.core.config import SchedulerConfig
+from multigraft.core.config import SchedulerConfig, TrainingConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest
 from multigraft.scheduling.steptime import StepTimeModel
 
@@ -20,18 +20,14 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadTimes:
-    """Seconds from the decision to load an adapter until it can be used: a base, and so much for each byte."""
+    """Seconds of an adapter's way to the device: a base, and so much for each byte."""
 
-    disk: float = 0.0
-    disk_per_byte: float = 0.0
-    host: float = 0.0
-    """From host memory, where max_cpu_loras adapters are kept."""
-    host_per_byte: float = 0.0
-
-    def seconds(self, nbytes: int, *, in_host_memory: bool) -> float:
-        if in_host_memory:
-            return self.host + self.host_per_byte * nbytes
-        return self.disk + self.disk_per_byte * nbytes
+    fetch: float = 0.0
+    """From disk into host memory, where max_cpu_loras adapters are kept."""
+    fetch_per_byte: float = 0.0
+    copy: float = 0.0
+    """From host memory to the device."""
+    copy_per_byte: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +60,7 @@ class Deployment:
     enable_prefix_caching: bool = True
     max_cpu_loras: int = 256
     max_model_len: int
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @property
     def kv_tokens(self) -> int:
@@ -84,8 +81,16 @@ class Profile:
     """Whether a step is scheduled while the one before it runs, as on CUDA."""
     num_layers: int = 1
     """Decoder layers, through which training passes."""
+    train_rows: int = 2048
+    """Of one training pass, at most."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Relative errors of the step-time model on steps it was not fitted to: mean, p95, worst."""
+
+    def fetch_seconds(self, nbytes: int) -> float:
+        return self.loads.fetch + self.loads.fetch_per_byte * nbytes
+
+    def copy_seconds(self, nbytes: int) -> float:
+        return self.loads.copy + self.loads.copy_per_byte * nbytes
 
     def adapter_bytes(self, rank: int) -> int:
         return rank * self.memory.adapter_rank
@@ -174,7 +179,7 @@ def this_machine(device: str | None = None) -> dict[str, Any]:
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux, or a kernel that does not say: the architecture will do
-    return {"device": device or "cpu", "cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+    return {"device": device or "cpu", "cpu": cpu, "cores": os.cpu_count()}
 
 
 def these_versions() -> dict[str, str]:

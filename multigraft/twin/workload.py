@@ -130,7 +130,7 @@ def _short(item: Any) -> dict[str, Any]:
 
 
 def make(cls: Any, data: object, where: str) -> Any:
-    """An Adapter, TrainingJob or SLO from a mapping; InvalidRequest for fields that are unknown, missing or mistyped."""
+    """An Adapter, TrainingJob or SLO from a mapping; InvalidRequest for a wrong field."""
     if not isinstance(data, Mapping):
         raise InvalidRequest(f"{where} must map fields to values, got {data!r:.80}.", param="workload")
     kinds = {f.name: f.type for f in fields(cls)}

@@ -1,0 +1,120 @@
+"""What fine-tuning may take of the device's memory, decided before it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from multigraft.core.config import TrainingConfig
+from multigraft.core.errors import CapacityExceeded
+from multigraft.models.load import LoadedModel
+from multigraft.models.train_pass import HEAD_ROWS
+
+GIB = 2**30
+CPU_BYTES = 2 * GIB
+CUDA_SHARE = 0.1
+"""Of the GPU's memory, unless the configuration says how much."""
+MAX_ROWS = {"cuda": 8192, "cpu": 1024}
+"""Of a pass: about as many as keep the device busy; on the CPU a layer's activations should stay in the cache."""
+
+
+@dataclass(slots=True)
+class TrainMemory:
+    """One budget for the adapters in training, their optimizer states, and the activations of the pass in hand."""
+
+    budget: int
+    """Bytes; 0: no fine-tuning."""
+    num_layers: int
+    input_bytes: int
+    """Of a row of hidden states: what a layer keeps that is computed again."""
+    fused_bytes: int
+    """Of a row: what a compiled layer keeps otherwise."""
+    plain_bytes: int
+    """And a plain one."""
+    head_bytes: int
+    most_rows: int
+    compiled: bool = False
+    """Whether the decoder layers are."""
+    _jobs: dict[str, int] = field(default_factory=dict)
+    _shrunk: bool = False
+
+    @classmethod
+    def plan(cls, config: TrainingConfig, loaded: LoadedModel) -> TrainMemory:
+        c = loaded.model.config.get_text_config()
+        hidden, size = c.hidden_size, loaded.dtype.itemsize
+        heads = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+        kv = heads * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
+        # Measured on Llama's layer in PyTorch 2.11 and 2.13: norms in float32 and every product apart, unless fused.
+        fused = size * (6 * hidden + 2 * kv + 3 * c.intermediate_size)
+        return cls(
+            budget=_budget(config, loaded.device),
+            num_layers=c.num_hidden_layers,
+            input_bytes=hidden * size,
+            fused_bytes=fused,
+            plain_bytes=fused + 4 * 6 * hidden + size * (6 * hidden + 2 * c.intermediate_size),
+            head_bytes=HEAD_ROWS * c.vocab_size * (2 * size + 8),
+            most_rows=MAX_ROWS[loaded.device.type],
+        )
+
+    @property
+    def free(self) -> int:
+        """Bytes for a pass."""
+        return self.budget - sum(self._jobs.values())
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of a pass, at most."""
+        fixed, row = self._pass(keep=False)
+        return max(0, min(self.most_rows, (self.free - fixed) // row))
+
+    def keeps(self, rows: int) -> bool:
+        """Whether a pass of so many rows may keep its activations."""
+        fixed, row = self._pass(keep=True)
+        return not self._shrunk and fixed + rows * row <= self.free
+
+    def shrink(self) -> None:
+        """The device ran out of memory although the plan fitted: keep nothing from now on."""
+        self._shrunk = True
+
+    def check(self, nbytes: int, longest: int) -> None:
+        """CapacityExceeded unless a job with so many bytes of adapter and optimizer state fits beside those that run,
+        with room for a microbatch of `longest` rows."""
+        if not self.budget:
+            raise CapacityExceeded("Fine-tuning is off on this server; start it with --train-memory-gib.")
+        fixed, row = self._pass(keep=False)
+        needed = fixed + longest * row
+        if nbytes + needed > self.free:
+            raise CapacityExceeded(
+                f"The job needs {_gib(nbytes)} for its adapter, gradients and optimizer state, and {_gib(needed)} for "
+                f"the activations of a sample of {longest} tokens, together {_gib(nbytes + needed)}; {_gib(self.free)} "
+                f"of {_gib(self.budget)} are free (--train-memory-gib). A lower rank, fewer target modules or a "
+                f"smaller max_length need less."
+            )
+
+    def add(self, job_id: str, nbytes: int) -> None:
+        self._jobs[job_id] = nbytes
+
+    def remove(self, job_id: str) -> None:
+        self._jobs.pop(job_id, None)
+
+    def _pass(self, keep: bool) -> tuple[int, int]:
+        """(fixed bytes, bytes a row) of a pass."""
+        kept = self.fused_bytes if self.compiled else self.plain_bytes
+        if keep:
+            return self.head_bytes, self.num_layers * (kept + self.input_bytes)
+        return self.head_bytes, self.num_layers * self.input_bytes + 2 * kept
+
+
+def _budget(config: TrainingConfig, device: torch.device) -> int:
+    if not config.max_training_jobs:
+        return 0
+    if config.train_memory_gib is not None:
+        return int(config.train_memory_gib * GIB)
+    if device.type == "cpu":
+        return CPU_BYTES
+    return int(CUDA_SHARE * torch.cuda.mem_get_info(device)[1])
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB"

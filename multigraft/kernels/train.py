@@ -1,0 +1,72 @@
+"""One adapter over many adjacent rows, forward and backward: y += s · Bᵀ(A x + c), the form all methods have.
+
+In plain torch on every device: a training microbatch is thousands of rows of one adapter, for which a library's GEMMs
+do. Rows that the adapter leaves alone are masked at the rank-wide product, where that costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .packed import Factors
+
+
+def forward(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """y (rows, sum(out)) += the adapter's output for x (rows, in), in place; y may be x.
+
+    mask: (rows, 1) of 0 and 1; None: the adapter acts on every row. Returns h (rows, sum(ranks)), which `backward`
+    wants.
+    """
+    h = F.linear(x, f.a, f.c)
+    if mask is not None:
+        h *= mask
+    for ranks, cols, scale, b in f.members():
+        y[:, cols].addmm_(h[:, ranks], b, alpha=scale)
+    return h
+
+
+def backward(
+    d: Factors, g: torch.Tensor, x: torch.Tensor, h: torch.Tensor, f: Factors, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """d_x (rows, in) for the gradient g (rows, sum(out)) of the adapter's output; adds the factors' gradients to d.
+
+    x, h, f, mask: as in `forward`. d: float32, laid out as f.
+    """
+    u = torch.empty_like(h)
+    for (ranks, cols, scale, b), (_, _, _, d_b) in zip(f.members(), d.members(), strict=True):
+        u[:, ranks] = torch.mm(g[:, cols], b.T) * scale
+        d_b.add_(_product(h[:, ranks].T, g[:, cols]), alpha=scale)
+    if mask is not None:
+        u *= mask
+    d.a.add_(_product(u.T, x))
+    if d.c is not None:
+        d.c.add_(u.sum(0, dtype=torch.float32))
+    return u @ f.a
+
+
+def embedding_forward(y: torch.Tensor, ids: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`forward` at an embedding: x is the one-hot form of ids (rows,), so A x are columns of A."""
+    h = f.a[:, ids].T
+    if mask is not None:
+        h = h * mask
+    y.addmm_(h, f.b[0], alpha=f.scales[0])
+    return h
+
+
+def embedding_backward(
+    d: Factors, g: torch.Tensor, ids: torch.Tensor, h: torch.Tensor, f: Factors, mask: torch.Tensor | None = None
+) -> None:
+    """Adds the factors' gradients to d, for the gradient g (rows, out) of the adapter's output."""
+    u = torch.mm(g, f.b[0].T) * f.scales[0]
+    if mask is not None:
+        u *= mask
+    d.a.index_add_(1, ids, u.T.to(d.a.dtype))
+    d.b[0].add_(_product(h.T, g), alpha=f.scales[0])
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, in float32 where the library can: a sum over thousands of rows."""
+    if a.is_cuda and a.dtype is not torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)

@@ -1,0 +1,111 @@
+"""How much training goes into a step: what the latency targets leave, and all of it when nobody is served."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from multigraft.core.batch import Batch, TrainPart
+from multigraft.core.config import TrainingConfig
+
+from .steptime import StepShape, StepTimeModel
+
+HEADROOM = 0.8
+"""Share of the time-per-token target that a step may take: predictions err, and a token waits for the step before."""
+PROMPT_SHARE = 0.1
+"""Share of the time-to-first-token target that training may add to one step of a prompt, and the longest stretch of
+training alone, since the next request may arrive at its beginning."""
+FIRST_FIT, REFIT = 24, 96
+"""Observed steps before the first fit of the step-time model, and between the later ones."""
+MEMORY = 768
+"""Latest steps that a fit looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainWork:
+    """What is left of the training pass in hand."""
+
+    rows: int
+    forward: int
+    """Layers."""
+    backward: int
+    """Layers, the output head counted as the first of them."""
+
+    def part(self, layers: int) -> TrainPart:
+        """The next so many layers, forward ones first."""
+        forward = min(layers, self.forward)
+        return TrainPart(self.rows, forward, min(layers - forward, self.backward))
+
+
+class TrainingShare:
+    """Grants each step its training part.
+
+    A step with decodes may take HEADROOM of the target for the time per token; one with prompts may be lengthened by
+    PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that. Without
+    requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps observed
+    and fit again as more of them come, so that both the engine's and the twin's decisions follow from what they saw;
+    before the first fit, a part is a single layer.
+    """
+
+    def __init__(self, config: TrainingConfig, model: StepTimeModel | None = None):
+        self.config = config
+        self.model = model
+        self._shapes: deque[StepShape] = deque(maxlen=MEMORY)
+        self._seconds: deque[float] = deque(maxlen=MEMORY)
+        self._until_fit = FIRST_FIT
+
+    def grant(self, batch: Batch, work: TrainWork | None, num_waiting: int) -> TrainPart | None:
+        """The part of `work` for a step that has `batch` to do; None when no time is left for any."""
+        if work is None:
+            return None
+        if self.model is None:
+            return work.part(1)
+        shape = StepShape.of(batch)
+        limit = self._limit(shape, num_waiting)
+        most = work.forward + work.backward
+        low, high = 0, most  # the largest part within the limit, by bisection
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.model.predict(_with(shape, work.part(middle))) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        idle = not batch.spans and not num_waiting
+        layers = max(low, 1) if idle else low
+        return work.part(layers) if layers else None
+
+    def _limit(self, shape: StepShape, num_waiting: int) -> float:
+        """Seconds that the step may take."""
+        config, model = self.config, self.model
+        assert model is not None
+        served = model.predict(shape)
+        pause = PROMPT_SHARE * config.ttft_slo_ms / 1e3
+        if not (shape.decode_rows or shape.prefill_rows or num_waiting):
+            return pause
+        extra = HEADROOM * config.tpot_slo_ms / 1e3 - served if shape.decode_rows else pause
+        if shape.prefill_rows or num_waiting:
+            extra = min(extra, pause)
+        return served + config.train_priority * max(0.0, extra)
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """A step of this shape took so long."""
+        if seconds <= 0:
+            return
+        self._shapes.append(shape)
+        self._seconds.append(seconds)
+        self._until_fit -= 1
+        if self._until_fit <= 0:
+            self.model = StepTimeModel.fit(self._shapes, self._seconds)
+            self._until_fit = REFIT
+        elif self.model is not None:
+            self.model.refine(shape, seconds)
+
+
+def _with(shape: StepShape, part: TrainPart) -> StepShape:
+    return replace(
+        shape,
+        train_rows=part.rows,
+        train_forward=part.rows * part.forward,
+        train_backward=part.rows * part.backward,
+        train_layers=part.forward + part.backward,
+    )
