@@ -20,7 +20,8 @@ ALLOWED = {
     "metrics": {"core", "engine.client"},
     "server": {"core", "metrics", "engine.client"},
     "twin": {"core", "kvcache", "scheduling"},
-    "cli": {"core", "server", "engine", "adapters", "twin"},
+    "planner": {"core", "scheduling", "twin"},
+    "cli": {"core", "server", "engine", "adapters", "twin", "planner"},
 }
 
 

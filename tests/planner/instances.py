@@ -37,7 +37,7 @@ def machine(weights: dict[str, float] = FAST, **memory: float) -> Profile:
         hardware={"device": "made up"},
         versions={},
         steps=StepTimeModel(tuple(weights.get(name, 0.0) for name in FEATURES)),
-        loads=LoadTimes(disk=0.02, host=0.004),
+        loads=LoadTimes(fetch=0.02, copy=0.004),
         memory=Memory(**(defaults | memory)),
         max_model_len=16_384,
         overlap=True,
