@@ -15,13 +15,14 @@ ALLOWED = {
     "kernels": set(),
     "adapters": {"core", "kernels"},
     "training": {"core", "kernels", "adapters"},
-    "models": {"core", "kvcache", "kernels", "adapters"},
-    "engine": {"core", "kvcache", "scheduling", "kernels", "adapters", "models"},
+    "models": {"core", "kvcache", "kernels", "adapters", "training"},
+    "engine": {"core", "kvcache", "scheduling", "kernels", "adapters", "training", "models"},
     "metrics": {"core", "engine.client"},
     "server": {"core", "metrics", "engine.client"},
     "twin": {"core", "kvcache", "scheduling"},
     "planner": {"core", "scheduling", "twin"},
-    "cli": {"core", "server", "engine", "adapters", "twin", "planner"},
+    "calibration": {"core", "kvcache", "scheduling", "adapters", "models", "engine", "twin"},
+    "cli": {"core", "server", "engine", "adapters", "twin", "planner", "calibration"},
 }
 
 

@@ -19,6 +19,7 @@ from multigraft.core.config import (
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    TrainingConfig,
 )
 
 PANELS: dict[type, str] = {
@@ -26,6 +27,7 @@ PANELS: dict[type, str] = {
     CacheConfig: "KV cache",
     SchedulerConfig: "Scheduling",
     AdapterConfig: "Adapters",
+    TrainingConfig: "Fine-tuning",
     ServerConfig: "Server",
     EngineConfig: "General",
 }

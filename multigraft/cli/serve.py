@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from multigraft.core.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, ServerConfig
+from multigraft.core.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServerConfig,
+    TrainingConfig,
+)
 from multigraft.core.errors import MultigraftError
 
 from . import config_file
@@ -127,18 +135,23 @@ def user_errors() -> Any:
 
 def run(values: dict[str, Any]) -> None:
     """Start the engine and serve until a signal. values: by field name."""
-    engine_config = build(
+    engine_config = build_engine_config(values)
+    server_config = build(ServerConfig, values)
+    _set_up_logging(server_config)
+    with user_errors(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(engine_config, server_config))
+
+
+def build_engine_config(values: dict[str, Any]) -> EngineConfig:
+    return build(
         EngineConfig,
         values,
         model=build(ModelConfig, values),
         cache=build(CacheConfig, values),
         scheduler=build(SchedulerConfig, values),
         adapters=build(AdapterConfig, values),
+        training=build(TrainingConfig, values),
     )
-    server_config = build(ServerConfig, values)
-    _set_up_logging(server_config)
-    with user_errors(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(engine_config, server_config))
 
 
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:

@@ -40,6 +40,13 @@ class ModelNotFound(MultigraftError, LookupError):
     code = "model_not_found"
 
 
+class NotFound(MultigraftError, LookupError):
+    """A file, job or checkpoint is named that does not exist."""
+
+    status = 404
+    code = "not_found"
+
+
 class ModelNotSupported(MultigraftError, ValueError):
     """The base model's architecture, file or dtype cannot be run."""
 
@@ -50,6 +57,20 @@ class CapacityExceeded(MultigraftError):
     """A bounded resource is too small for what was asked, even when empty; the message has the arithmetic."""
 
     code = "capacity_exceeded"
+
+
+class TooLarge(MultigraftError, ValueError):
+    """An upload exceeds its limit."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class StorageFull(MultigraftError):
+    """The disk of the data folder is full."""
+
+    status = 507
+    code = "storage_full"
 
 
 class ShuttingDown(MultigraftError):

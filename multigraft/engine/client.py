@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from multigraft.core.region import Scope
 from multigraft.core.request import Output, SamplingParams
+from multigraft.core.training import (
+    DataFile,
+    FineTuneJob,
+    JobCheckpoint,
+    JobEvent,
+    JobRequest,
+    Page,
+    TrainingStats,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +87,11 @@ class EngineClient(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    @property
+    def training(self) -> TrainingClient | None:
+        """None when this engine does not fine-tune."""
+        ...
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -140,3 +155,71 @@ class EngineClient(Protocol):
     async def shutdown(self, grace_s: float) -> None:
         """Refuse new requests, let running ones finish for at most grace_s seconds, then stop."""
         ...
+
+
+class Upload(Protocol):
+    """A file on its way in. It must be finished or discarded; discarding after that is harmless."""
+
+    async def write(self, data: bytes) -> None:
+        """TooLarge once the file exceeds core.training.MAX_FILE_BYTES; StorageFull."""
+        ...
+
+    async def finish(self, filename: str, purpose: str) -> DataFile: ...
+
+    async def discard(self) -> None: ...
+
+
+class TrainingClient(Protocol):
+    """Fine-tuning as a front end sees it. Nothing here waits for a disk on the caller's loop.
+
+    Lists give `limit` elements behind the one of id `after`, the newest first. NotFound for an unknown id.
+    """
+
+    async def upload(self) -> Upload: ...
+
+    async def files(
+        self, *, after: str | None = None, limit: int = 10_000, purpose: str | None = None, ascending: bool = False
+    ) -> Page[DataFile]: ...
+
+    async def file(self, file_id: str) -> DataFile: ...
+
+    async def file_path(self, file_id: str) -> Path:
+        """Where the file's content lies."""
+        ...
+
+    async def delete_file(self, file_id: str) -> None:
+        """A job that has yet to read it will fail."""
+        ...
+
+    async def create(self, request: JobRequest) -> FineTuneJob:
+        """Start a job. InvalidRequest, ModelNotFound, NotFound for what it names; CapacityExceeded when it can never
+        fit the memory. The data is read afterwards: its mistakes are the job's error."""
+        ...
+
+    async def jobs(
+        self, *, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None
+    ) -> Page[FineTuneJob]:
+        """metadata: only jobs that have all of these pairs."""
+        ...
+
+    async def job(self, job_id: str) -> FineTuneJob: ...
+
+    async def cancel(self, job_id: str) -> FineTuneJob:
+        """InvalidRequest, as for the next two, when the job's state does not allow it."""
+        ...
+
+    async def pause(self, job_id: str) -> FineTuneJob:
+        """Write a checkpoint and stop until resume()."""
+        ...
+
+    async def resume(self, job_id: str) -> FineTuneJob: ...
+
+    async def events(self, job_id: str, *, after: str | None = None, limit: int = 20) -> Page[JobEvent]: ...
+
+    async def checkpoints(self, job_id: str, *, after: str | None = None, limit: int = 10) -> Page[JobCheckpoint]: ...
+
+    async def adapter_folder(self, job_id: str, checkpoint_id: str | None = None) -> Path:
+        """PEFT folder of a job that has succeeded, or of a checkpoint; InvalidRequest when there is none yet."""
+        ...
+
+    def stats(self) -> TrainingStats: ...

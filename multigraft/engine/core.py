@@ -311,7 +311,8 @@ class EngineCore:
     def _may_lag(self, step: _InFlight) -> bool:
         if self.parts.loaded.device.type == "cpu" or step.output.scored:
             return False
-        return all(s.matcher is None and self.parts.sampler.may_lag(s.request) for s in step.live)
+        live = [s for s in step.live if self._live.get(s.request.id) is s]  # the others ended with the step before
+        return all(s.matcher is None and self.parts.sampler.may_lag(s.request) for s in live)
 
     def _collect(self, step: _InFlight, committed: bool) -> None:
         """Hand a step's results out. committed: the scheduler has it, with PENDING tokens."""

@@ -9,7 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from multigraft.core.request import FinishReason, Output
+from multigraft.core.training import TrainingStats
 from multigraft.engine.client import EngineStats
+
+from .training import TrainingCollector
 
 # Seconds. Steps between tokens take milliseconds, whole requests up to minutes.
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80, 160)
@@ -20,9 +23,16 @@ REQUEST_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200, 40
 class ServingMetrics:
     """The engine's own counters, read at each scrape, and latencies as the server sees them."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]):
+    def __init__(
+        self,
+        model_name: str,
+        stats: Callable[[], EngineStats],
+        training: Callable[[], TrainingStats] | None = None,
+    ):
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(model_name, stats))
+        if training is not None:
+            self.registry.register(TrainingCollector(model_name, training))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             family = Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)

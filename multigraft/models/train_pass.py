@@ -142,7 +142,7 @@ class TrainPass:
 
     def backward(self, count: int) -> None:
         """The next `count` parts of the way back: the output head with the loss, then layer after layer."""
-        assert self.forward_done == self.num_layers
+        assert not count or self.forward_done == self.num_layers
         with torch.inference_mode(False):
             for _ in range(count):
                 if self.backward_done == 0:

@@ -18,6 +18,9 @@ from multigraft.adapters.bank import factors_at
 from multigraft.adapters.site import Site, SiteBlock, SiteKind
 from multigraft.kernels import handles, train
 
+MIX = 0x9E3779B97F4A7C15
+"""Spreads neighbouring sites' seeds over all 63 bits (2^64 over the golden ratio)."""
+
 
 class Trainable(Protocol):
     """What a pass needs of training.adapter.TrainableAdapter."""
@@ -51,7 +54,7 @@ class Stretch:
         p = self.adapter.dropout
         if p == 0.0 or self.seed is None:
             return None
-        generator = torch.Generator(like.device).manual_seed(self.seed * 8191 + site)
+        generator = torch.Generator(like.device).manual_seed((self.seed + site * MIX) % 2**63)
         kept = torch.rand(like.shape, generator=generator, device=like.device) >= p
         return kept.to(like.dtype) / (1 - p)
 

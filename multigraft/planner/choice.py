@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import product
+from random import Random
 from typing import Any
 
 from multigraft.core.config import SchedulerConfig, TrainingConfig
@@ -15,6 +16,7 @@ from multigraft.twin.workload import Adapter, Workload
 from .placement import Demand
 
 GIB = 2**30
+MAX_CLIMB = 4
 BASE_MODEL = "base"
 """Name of the demand of requests without adapter, as in reports."""
 
@@ -77,38 +79,81 @@ class Space:
         """All that makes sense for a workload: from a sixteenth of its adapters to all of them."""
         total = len(workload.adapters)
         return cls(
-            num_adapters=tuple(sorted({-(-total * k // 16) for k in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16)})),
+            num_adapters=tuple(sorted({-(-total * k // 16) for k in range(1, 17)})),
             adapter_memory=(1.0, 0.5) if profile.memory.per_adapter_byte else (1.0,),
             train_priority=(0.25, 0.5, 1.0) if workload.jobs else (1.0,),
         )
 
-    def choices(self, workload: Workload, profile: Profile) -> list[Choice]:
-        """Those that fit into memory. Slots beyond the number of adapters change nothing and are left out."""
-        return list(self._choices(workload, profile))
+    def draw(self, rng: Random) -> Choice:
+        """Any, whether it fits or not."""
+        return Choice(**{field.name: rng.choice(getattr(self, field.name)) for field in fields(Choice)})
 
-    def _choices(self, workload: Workload, profile: Profile) -> Iterator[Choice]:
+    def choices(self, workload: Workload, profile: Profile) -> list[Choice]:
+        """All that are possible. Slots beyond the number of adapters change nothing and are left out."""
+        names = [field.name for field in fields(Choice)]
+        found = []
         for num in self.num_adapters:
             share = part(workload, num)
-            slots = sorted({min(n, num) for n in self.max_loras}) if num else [0]
-            settings = (self.adapter_memory, self.max_num_seqs, self.max_num_batched_tokens, self.train_priority)
-            for max_loras, (memory, seqs, tokens, training) in product(slots, product(*settings)):
-                choice = Choice(
-                    num_adapters=num,
-                    max_loras=max_loras,
-                    adapter_memory=memory,
-                    max_num_seqs=seqs,
-                    max_num_batched_tokens=tokens,
-                    train_priority=training,
-                )
-                if tokens < seqs:
-                    continue
-                try:
-                    deployment = choice.deployment(share, profile)
-                except CapacityExceeded:
-                    continue
-                longest = max((r.prompt_len + r.output_len for r in share.requests), default=0)
-                if longest <= min(deployment.kv_tokens, deployment.max_model_len):
-                    yield choice
+            slots = sorted({min(n, num) for n in self.max_loras})
+            others = (self.adapter_memory, self.max_num_seqs, self.max_num_batched_tokens, self.train_priority)
+            for values in product([num], slots, *others):
+                choice = Choice(**dict(zip(names, values, strict=True)))
+                if possible(choice, share, profile):
+                    found.append(choice)
+        return found
+
+    def neighbours(self, choice: Choice, workload: Workload, profile: Profile) -> Iterator[Choice]:
+        """Possible choices one step away in one field: to the next value, or by a few adapters. Where all adapters
+        have slots, they keep them."""
+        total = len(workload.adapters)
+        for field in fields(Choice):
+            value = getattr(choice, field.name)
+            if field.name == "num_adapters":
+                few = max(1, total // 32)
+                steps = [num for k in (-2, -1, 1, 2) if 0 < (num := value + k * few) <= total]
+            else:
+                values = sorted({*getattr(self, field.name), value})
+                at = values.index(value)
+                steps = [*values[max(0, at - 1) : at], *values[at + 1 : at + 2]]
+            for step in steps:
+                other = replace(choice, **{field.name: step})
+                if other.max_loras > other.num_adapters or choice.max_loras == choice.num_adapters < other.num_adapters:
+                    other = replace(other, max_loras=other.num_adapters)
+                if possible(other, part(workload, other.num_adapters), profile):
+                    yield other
+
+
+def possible(choice: Choice, share: Workload, profile: Profile) -> bool:
+    """Whether it fits into memory, with the server's largest adapters and longest requests."""
+    if choice.max_num_batched_tokens < choice.max_num_seqs:
+        return False
+    try:
+        deployment = choice.deployment(share, profile)
+    except CapacityExceeded:
+        return False
+    longest = max((r.prompt_len + r.output_len for r in share.requests), default=0)
+    return longest <= min(deployment.kv_tokens, deployment.max_model_len)
+
+
+def climbed(
+    start: Choice, rank: Callable[[Choice], tuple[float, ...]], space: Space, workload: Workload, profile: Profile
+) -> Choice:
+    """The choice that is reached from `start` by one step in one field at a time, as long as the rank gets less.
+
+    At most MAX_CLIMB steps.
+    """
+    best, best_rank = start, rank(start)
+    seen = {start}
+    for _ in range(MAX_CLIMB):
+        at = best
+        for choice in space.neighbours(at, workload, profile):
+            if choice not in seen:
+                seen.add(choice)
+                if (now := rank(choice)) < best_rank:
+                    best, best_rank = choice, now
+        if best == at:
+            break
+    return best
 
 
 def size(adapter: Adapter, profile: Profile) -> int:

@@ -19,7 +19,7 @@ from multigraft.scheduling.steptime import FEATURES, ROW_KNOTS
 from multigraft.twin.profile import Deployment, Profile
 from multigraft.twin.workload import SLO
 
-from .placement import ROUNDING, Array, Demand
+from .placement import ROUNDING, Array, Demand, fullness
 
 RESOURCES = (
     "step time",
@@ -213,6 +213,15 @@ class ServerLoads:
                 if all(intercept + slope * knot >= c - 1e-12 for knot, c in zip(knots, cost, strict=True)):
                     lines.append((slope, intercept, end))
         return min(lines, key=lambda line: line[1] + line[0] * x)
+
+
+def estimate(
+    demands: Sequence[Demand], profile: Profile, deployment: Deployment, slo: SLO | None = None
+) -> tuple[float, float]:
+    """How full one server is with all demands, and the inter-token latency to expect, at most the longest allowed."""
+    loads = ServerLoads(demands, profile, deployment, slo)
+    sums = loads.uses(range(len(demands)), np.ones(len(demands))).sum(axis=2, keepdims=True)
+    return float(fullness(sums)[0]), float(min(loads.itl_s(sums)[0], loads.step_times[-1]))
 
 
 def _poisson_mean(most: float) -> float:

@@ -1,4 +1,4 @@
-"""Models that can be read: a linear one, a shallow tree, a list of rules. Fitted with scikit-learn, kept as plain numbers.
+"""Models that can be read: linear, a shallow tree, a list of rules; fitted with scikit-learn, kept as plain numbers.
 
 Each predicts one number from named features and says why. Predicting needs no scikit-learn and takes microseconds.
 """

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.twin.profile import Profile
@@ -15,9 +13,8 @@ from multigraft.twin.report import Report, report
 from multigraft.twin.simulate import simulate
 from multigraft.twin.workload import SLO, Workload
 
-from .choice import Choice, Space, beginning, demands_of, part
-from .loads import ServerLoads
-from .placement import Demand, fullness
+from .choice import Choice, Space, beginning, climbed, demands_of, part
+from .loads import estimate
 
 ATTAINED = 0.9
 """Share of the requests that must meet the SLO."""
@@ -56,10 +53,9 @@ class Outcome:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """The least is best: feasible first, then served and trained tokens, then latency."""
+        """The least is best: feasible first, then served and trained tokens to three digits, then latency."""
         r = self.report
-        served = r.throughput + r.train_throughput
-        return (self.shortfall, -served, r.itl.mean + r.ttft.mean)
+        return (self.shortfall, -float(f"{r.throughput + r.train_throughput:.3g}"), r.itl.mean + r.ttft.mean)
 
 
 def try_out(choice: Choice, workload: Workload, profile: Profile, seconds: float | None = None) -> Outcome:
@@ -75,15 +71,12 @@ def search(
     """Successive halving over the choices of `space`; CapacityExceeded, with what binds, when none is feasible.
 
     Each round keeps the best third, and the best for each number of adapters: in a short run, too many adapters look
-    good that starve in a long one. At the end the number of adapters is refined between the best and the next.
+    good that starve in a long one. From the best of the last round it climbs on, one step at a time.
     """
     space = space or Space.of(workload, profile)
     choices = space.choices(workload, profile)
     if not choices:
-        raise CapacityExceeded(
-            f"No set-up holds the largest adapters and the longest requests of workload {workload.name!r}: the binding "
-            f"limit is the {profile.memory.total / 2**30:.1f} GiB that the profile has for KV and adapters."
-        )
+        raise CapacityExceeded(no_memory(workload, profile))
     random.Random(seed).shuffle(choices)
     choices = _promising(choices, workload, profile)
     outcomes: list[Outcome] = []
@@ -97,7 +90,16 @@ def search(
             outcomes.append(try_out(choice, workload, profile, None if last else seconds))
         choices = [outcome.choice for outcome in _kept(outcomes)]
     best = min(outcomes, key=lambda outcome: outcome.rank)
-    best = _refined(best, workload, profile, space)
+    tried = {best.choice: best}
+
+    def rank(choice: Choice) -> tuple[float, ...]:
+        if progress:
+            progress("the neighbours of the best", 0, 0)
+        if choice not in tried:
+            tried[choice] = try_out(choice, workload, profile)
+        return tried[choice].rank
+
+    best = tried[climbed(best.choice, rank, space, workload, profile)]
     if not best.feasible:
         raise CapacityExceeded(
             f"No set-up of one server serves even {best.choice.num_adapters} of {len(workload.adapters)} adapters of "
@@ -123,39 +125,24 @@ def _promising(choices: Sequence[Choice], workload: Workload, profile: Profile) 
     least, spare = math.inf, choices[0]
     for choice in choices:
         num = choice.num_adapters
-        full = estimated(choice, demands[num], by_num[num], profile)
-        if full <= HOPELESS:
+        try:
+            load, _ = estimate(demands[num], profile, choice.deployment(by_num[num], profile), workload.slo)
+        except CapacityExceeded:
+            continue
+        if load <= HOPELESS:
             found.append(choice)
-        if full < least:
-            least, spare = full, choice
+        if load < least:
+            least, spare = load, choice
         if len(found) == FIRST:
             break
     return found or [spare]
 
 
-def estimated(choice: Choice, demands: Sequence[Demand], share: Workload, profile: Profile) -> float:
-    """How full a server is with its share of the workload, by the step-time model alone; infinite when a limit is
-    broken."""
-    try:
-        loads = ServerLoads(demands, profile, choice.deployment(share, profile), share.slo)
-    except CapacityExceeded:
-        return math.inf
-    everything = range(len(demands))
-    return float(fullness(loads.uses(everything, np.ones(len(everything))).sum(axis=2, keepdims=True))[0])
-
-
-def _refined(best: Outcome, workload: Workload, profile: Profile, space: Space) -> Outcome:
-    """More adapters, as long as they are served."""
-    low = best.choice.num_adapters
-    high = min((n for n in space.num_adapters if n > low), default=low + 1)
-    while best.feasible and high - low > max(1, len(workload.adapters) // 32):
-        middle = (low + high) // 2
-        tried = try_out(replace(best.choice, num_adapters=middle), workload, profile)
-        if tried.feasible and tried.rank < best.rank:
-            best, low = tried, middle
-        else:
-            high = middle
-    return best
+def no_memory(workload: Workload, profile: Profile) -> str:
+    return (
+        f"No set-up holds the largest adapters and the longest requests of workload {workload.name!r}: the binding "
+        f"limit is the {profile.memory.total / 2**30:.1f} GiB that the profile has for KV and adapters."
+    )
 
 
 def binding(outcome: Outcome) -> str:

@@ -8,7 +8,7 @@ from multigraft import __version__
 from multigraft.core.config import ServerConfig
 from multigraft.engine.client import EngineClient
 
-from . import chat, completions, errors, models, probes, tokens
+from . import chat, completions, errors, files, fine_tuning, models, probes, tokens
 from .gate import Gate
 from .service import Service
 
@@ -27,4 +27,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
         app.include_router(feature.router(service))
     if config.allow_lora_updating:
         app.include_router(models.adapter_router(service))
+    if client.training is not None:
+        app.include_router(files.router(client.training))
+        app.include_router(fine_tuning.router(client.training))
     return app

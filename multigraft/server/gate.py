@@ -17,6 +17,9 @@ from .service import Service
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
 """Probes: answered without a key, and while shutting down."""
 
+STREAMED_PATHS = frozenset({"/v1/files"})
+"""Their endpoints take a body in pieces and bound it themselves."""
+
 
 class Gate:
     """ASGI middleware. Refuses before the body is read, and never holds more of it than is allowed."""
@@ -35,7 +38,8 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self.app(scope, self._bounded(receive), send)
+        streamed = scope["path"] in STREAMED_PATHS
+        await self.app(scope, receive if streamed else self._bounded(receive), send)
 
     def _refusal(self, path: str, headers: Headers) -> Response | None:
         if path not in OPEN_PATHS:
@@ -50,7 +54,7 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self.limit:
+        if path not in STREAMED_PATHS and length.isdecimal() and int(length) > self.limit:
             return error_reply(self._too_large(), status=413, code="request_too_large")
         return None
 

@@ -3,13 +3,14 @@ fields that would change the result and that we do not support are refused by na
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.messages import check_text
 from multigraft.core.region import Scope
+from multigraft.core.training import MAX_SUFFIX_LEN
 
 MAX_N = 128
 
@@ -242,3 +243,64 @@ class LoadAdapterRequest(WireRequest):
 
 class UnloadAdapterRequest(WireRequest):
     lora_name: str = ""
+
+
+class MethodParameters(WireRequest):
+    hyperparameters: dict[str, Any] = {}
+
+
+class FineTuningMethod(WireRequest):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: MethodParameters = MethodParameters()
+    dpo: MethodParameters = MethodParameters()
+
+    @model_validator(mode="after")
+    def _check_type(self) -> FineTuningMethod:
+        if self.type == "reinforcement":
+            raise InvalidRequest(
+                "method.type 'reinforcement' is not supported yet; it must be 'supervised' or 'dpo'.", param="method"
+            )
+        return self
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return (self.dpo if self.type == "dpo" else self.supervised).hyperparameters
+
+
+class WandbParameters(WireRequest):
+    project: str = Field(min_length=1)
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] = []
+
+
+class Integration(WireRequest):
+    type: Literal["wandb"]
+    wandb: WandbParameters
+
+
+class FineTuningRequest(WireRequest):
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    method: FineTuningMethod = FineTuningMethod(type="supervised")
+    hyperparameters: dict[str, Any] = {}
+    """Its place before `method` came; of a supervised job."""
+    adapter: dict[str, Any] = {}
+    """Not OpenAI's: what is trained."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Not OpenAI's: share of the training time, relative to the other jobs'."""
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    suffix: str | None = Field(None, min_length=1, max_length=MAX_SUFFIX_LEN)
+    metadata: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    ] = {}
+    integrations: list[Integration] = Field([], max_length=1)
+
+    @model_validator(mode="after")
+    def _check_hyperparameters(self) -> FineTuningRequest:
+        if self.hyperparameters and self.method.hyperparameters:
+            raise InvalidRequest(
+                f"Give the hyperparameters once, in method.{self.method.type}.", param="hyperparameters"
+            )
+        return self

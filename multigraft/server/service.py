@@ -42,7 +42,8 @@ class Service:
     def __init__(self, client: EngineClient, config: ServerConfig):
         self.client = client
         self.config = config
-        self.metrics = ServingMetrics(client.model_name, client.stats)
+        training = client.training.stats if client.training else None
+        self.metrics = ServingMetrics(client.model_name, client.stats, training)
         self.draining = False
         """Set once a termination signal has come: only probes and running requests are answered."""
 

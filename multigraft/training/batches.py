@@ -7,17 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """(num_examples,) a permutation. The same in every version of numpy, which promises that of raw bits alone."""
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_examples)
-    return np.argsort(bits, kind="stable")
+class Order:
+    """The examples of every optimizer step: each epoch sees each example once, in an order of its own."""
 
+    def __init__(self, num_examples: int, batch_size: int, seed: int):
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self.steps_per_epoch = -(-num_examples // batch_size)
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
 
-def step_examples(num_examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Examples of optimizer step `step`, from 0. The last step of an epoch has what is left over."""
-    epoch, position = divmod(step, -(-num_examples // batch_size))
-    order = epoch_order(num_examples, seed, epoch)
-    return order[position * batch_size : (position + 1) * batch_size]
+    def examples(self, step: int) -> list[int]:
+        """Of step `step`, from 0. The last step of an epoch has what is left over."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            # A sort of raw bits: numpy promises the same ones in every version, but not the same permutations.
+            bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self._num_examples)
+            self._epoch, self._permutation = epoch, np.argsort(bits, kind="stable")
+        return self._permutation[position * self._batch_size :][: self._batch_size].tolist()
 
 
 def pack(examples: Sequence[int], lengths: np.ndarray, max_tokens: int) -> list[list[int]]:

@@ -22,6 +22,8 @@ from .dataset import Dataset
 from .microbatch import Sample
 
 MAX_BYTES = 2**30
+REPORT_BYTES = 2**20
+"""Progress is reported as often."""
 MAX_PROBLEMS = 20
 """Described in an error; further ones are counted."""
 BEGINNINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive"}
@@ -95,7 +97,13 @@ def read(
     data = Dataset(samples_per_example=1 if kind == "supervised" else 2)
     problems: list[Problem] = []
     num_problems = num_lines = 0
-    for number, line in _lines(path, progress):
+    reported = 0
+    for number, line, done, size in _lines(path):
+        if done - reported >= REPORT_BYTES or done == size:
+            progress(done, size)
+            reported = done
+        if not line.strip():
+            continue
         num_lines += 1
         try:
             examples = parse(_json(line), number)
@@ -123,24 +131,17 @@ def _describe(problems: Sequence[Problem], num_problems: int, num_lines: int) ->
     return f"{num_problems} of {num_lines} lines cannot be used. {shown}{more}"
 
 
-def _lines(path: Path, progress: Callable[[int, int], None]) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes, int, int]]:
+    """Lines, with their numbers from 1, the bytes up to their ends, and the bytes of the file."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise DataError(f"The file has {size} bytes, over the limit of {MAX_BYTES} (1 GiB).")
-        done = reported = 0
+        done = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = _check_beginning(line)
-                if line.strip():
-                    yield number, line
                 done += len(line)
-                if done - reported >= 2**20:
-                    progress(done, size)
-                    reported = done
-        progress(size, size)
+                yield number, _check_beginning(line) if number == 1 else line, done, size
     except OSError as e:
         raise DataError(f"The file cannot be read: {e.strerror}.") from e
 

@@ -12,7 +12,7 @@ import torch
 from multigraft.core.errors import CapacityExceeded, JobFailed
 
 from .adapter import TrainableAdapter
-from .batches import dropout_seed, pack, step_examples
+from .batches import Order, dropout_seed, pack
 from .dataset import Dataset
 from .microbatch import Microbatch, PassResult, Sample
 from .objectives import Dpo, Supervised, sequence_sums, to_device
@@ -110,8 +110,9 @@ class TrainingJob:
         self._lengths = {stage: data.lengths() for stage, data in self._data.items()}
         self._max_tokens = max_tokens
         self._check_lengths()
-        self.steps_per_epoch = -(-len(train) // spec.hyperparameters.batch_size)
-        self.num_steps = spec.hyperparameters.n_epochs * self.steps_per_epoch
+        self._digests = {stage.value: data.digest() for stage, data in self._data.items()}
+        self._order = Order(len(train), spec.hyperparameters.batch_size, spec.seed)
+        self.num_steps = spec.hyperparameters.n_epochs * self._order.steps_per_epoch
         self._optimizer = Optimizer(adapter.parameters, spec.hyperparameters, self.num_steps)
         self._best_loss: float | None = None
         self._num_worse = 0
@@ -162,8 +163,7 @@ class TrainingJob:
         part, expected = self._flight.popleft()
         assert microbatch is expected, "results must come in the order of next()"
         if part.reference:
-            known = self._reference[self.stage]
-            known[self._index(part)] = sequence_sums(result.logps).view(-1, 2)
+            self._reference[self.stage][self._index(part)] = sequence_sums(result.logps).view(-1, 2)
             return []
         totals = self._totals
         totals.losses.append(result.loss)
@@ -185,27 +185,27 @@ class TrainingJob:
 
     def _parts(self) -> list[_Part]:
         h, seed = self.spec.hyperparameters, self.spec.seed
-        num_examples = len(self._data[self.stage])
-        if self.stage is Stage.TRAIN:
-            examples = step_examples(num_examples, h.batch_size, seed, self.step).tolist()
-        else:
-            examples = list(range(num_examples))
+        training = self.stage is Stage.TRAIN
+        examples = self._order.examples(self.step) if training else list(range(len(self._data[self.stage])))
         self._total = len(examples) if self.spec.kind == "dpo" else self._data[self.stage].weight(examples)
         lengths = self._lengths[self.stage]
         bins = pack(examples, lengths, self._max_tokens) if h.packing else [[example] for example in examples]
-        unknown = self._reference[self.stage][:, 0].isnan().tolist() if self.spec.kind == "dpo" else None
         parts = []
         for i, bin in enumerate(bins):
-            if unknown is not None and any(unknown[example] for example in bin):
-                parts.append(_Part(bin, reference=True))
+            reference = _Part(bin, reference=True)
+            if self.spec.kind == "dpo" and self._known(reference).isnan().any():
+                parts.append(reference)
             parts.append(_Part(bin, seed=dropout_seed(seed, self.step, i)))
         return parts
 
     def _objective(self, part: _Part, samples: tuple[Sample, ...]) -> Supervised | Dpo:
         if self.spec.kind != "dpo" or part.reference:  # of a reference the log-probabilities alone are used
             return Supervised(samples, self._total)
-        known = self._reference[self.stage][self._index(part)]
-        return Dpo(known, self.spec.hyperparameters.beta, self._total)
+        return Dpo(self._known(part), self.spec.hyperparameters.beta, self._total)
+
+    def _known(self, part: _Part) -> torch.Tensor:
+        """(pairs, 2) of what dpo compares with."""
+        return self._reference[self.stage][self._index(part)]
 
     def _index(self, part: _Part) -> torch.Tensor:
         return to_device(part.examples, torch.int64, self.adapter.parameters.device)
@@ -222,7 +222,7 @@ class TrainingJob:
         self.adapter.sync()
         self.step += 1
         self.trained_tokens += self._totals.num_tokens
-        metrics["epoch"] = self.step / self.steps_per_epoch
+        metrics["epoch"] = self.step / self._order.steps_per_epoch
         event = self._metrics(metrics)
         due = self.step % self.spec.hyperparameters.eval_interval == 0 or self.step == self.num_steps
         if Stage.VALIDATE in self._data and due:
@@ -262,12 +262,10 @@ class TrainingJob:
         wrong = {name: metrics[name] for name in names if not math.isfinite(metrics[name])}
         if wrong:
             what = " and ".join(f"{name} is {value}" for name, value in wrong.items())
-            at = (
-                f"at step {self.step + 1}" if self.stage is Stage.TRAIN else f"in the validation after step {self.step}"
-            )
+            at = f"step {self.step + 1}" if self.stage is Stage.TRAIN else f"the validation after step {self.step}"
             self.stage = Stage.FAILED
             self.rewind()
-            raise JobFailed(f"{what} {at}: training diverged. A lower learning rate, or max_grad_norm, may help.")
+            raise JobFailed(f"{what} in {at}: training diverged. A lower learning rate, or max_grad_norm, may help.")
 
     # Keeping and restoring -----------------------------------------------------------------------------------------
 
@@ -280,25 +278,22 @@ class TrainingJob:
             others={f"reference.{stage.value}": t.to("cpu", copy=True) for stage, t in self._reference.items()},
             facts={
                 "spec": self.spec.to_dict(),
-                "data": self._digests(),
+                "data": self._digests,
                 "stage": self.stage.value,
                 "step": self.step,
                 "trained_tokens": self.trained_tokens,
                 "best_loss": self._best_loss,
                 "num_worse": self._num_worse,
-                "latest": self._latest,
+                "latest": dict(self._latest),
             },
         )
 
     def restore(self, state: JobState) -> None:
         """Go on from a state of a job with the same spec and data; JobFailed when they differ."""
         facts = state.facts
-        for name, own in (
-            ("spec", JobSpec.from_dict(facts["spec"]) == self.spec),
-            ("data", facts["data"] == self._digests()),
-        ):
-            if not own:
-                raise JobFailed(f"The checkpoint is of a job with other {name}, so it cannot go on from there.")
+        same = {"spec": JobSpec.from_dict(facts["spec"]) == self.spec, "data": facts["data"] == self._digests}
+        for name in (name for name, is_same in same.items() if not is_same):
+            raise JobFailed(f"The checkpoint is of a job with other {name}, so it cannot go on from there.")
         with torch.no_grad():
             self.adapter.parameters.copy_(state.flats["parameters"])
         self.adapter.sync()
@@ -309,6 +304,3 @@ class TrainingJob:
         self.step, self.trained_tokens = facts["step"], facts["trained_tokens"]
         self._best_loss, self._num_worse, self._latest = facts["best_loss"], facts["num_worse"], facts["latest"]
         self.rewind()
-
-    def _digests(self) -> dict[str, str]:
-        return {stage.value: data.digest() for stage, data in self._data.items()}

@@ -142,8 +142,10 @@ class AdapterSpec:
 
     def config(self, sites: Sequence[Site], base_model: str | None) -> dict[str, Any]:
         """The adapter_config.json of a new adapter."""
-        own = METHODS[self.method].config(self, sites)
-        return own | {"base_model_name_or_path": base_model, "adapter_scope": self.scope.value}
+        config = METHODS[self.method].config(self, sites) | {"base_model_name_or_path": base_model}
+        if self.scope is not Scope.ALL:  # the default: peft warns of fields that it does not know
+            config["adapter_scope"] = self.scope.value
+        return config
 
     def resolve(self) -> AdapterSpec:
         if self.alpha != "auto" or "alpha" not in METHODS[self.method].fields:

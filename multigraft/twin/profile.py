@@ -79,6 +79,8 @@ class Profile:
     max_model_len: int
     overlap: bool
     """Whether a step is scheduled while the one before it runs, as on CUDA."""
+    launch: float = 0.0
+    """With overlap: seconds until a step runs that finds the device idle."""
     num_layers: int = 1
     """Decoder layers, through which training passes."""
     train_rows: int = 2048

@@ -41,6 +41,10 @@ class Timing(Protocol):
         """Seconds of the next step."""
         ...
 
+    def launch(self) -> float:
+        """Seconds of the next turn that, with overlap, begins a step while none is in flight."""
+        ...
+
     def load(self, ref: AdapterRef) -> float:
         """Seconds from the decision to load until the adapter is on the device."""
         ...
@@ -71,7 +75,8 @@ def simulate(
 ) -> Record:
     """Serve the workload to its end.
 
-    timing: in place of the profile's durations. on_batch: sees every batch; with either, no step is skipped over.
+    timing: in place of the profile's durations. on_batch: sees what every schedule() returns; with either, no step is
+    skipped over.
     """
     shared = any(r.prefix for r in workload.requests)
     if deployment.enable_prefix_caching and not shared and timing is None and on_batch is None:
@@ -133,6 +138,8 @@ class Twin:
             self._finish_loads()
             if not self._skip():
                 batch = self.scheduler.schedule(self.training.work(self.now))
+                if self.on_batch is not None:
+                    self.on_batch(batch)
                 if batch.preempted and stop_at_preemption:
                     return False
                 for move in batch.loads:
@@ -166,8 +173,6 @@ class Twin:
             self._pause(request)
 
     def _launch(self, batch: Batch) -> _Flight:
-        if self.on_batch is not None:
-            self.on_batch(batch)
         flight = _Flight(0.0, len(batch.spans))
         if self.timing is not None:
             flight.seconds = self.timing.step(batch)
@@ -199,6 +204,8 @@ class Twin:
         """Deliver the step, or with overlap the one before it, which has had time to end."""
         if self.profile.overlap:
             flight, self._in_flight = self._in_flight, flight
+            if flight is None:
+                self.now += self.timing.launch() if self.timing else self.profile.launch
         if flight is not None:
             self._deliver(flight)
 

@@ -21,6 +21,7 @@ from multigraft.core.config import (
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    TrainingConfig,
 )
 
 HERE = Path(__file__).parent
@@ -66,6 +67,7 @@ def test_defaults_are_the_configurations(serve):
                 ("cache", CacheConfig),
                 ("scheduler", SchedulerConfig),
                 ("adapters", AdapterConfig),
+                ("training", TrainingConfig),
             ]
         },
     )

@@ -16,7 +16,7 @@ from multigraft.models.train_pass import TrainModel, TrainPass
 from multigraft.training.microbatch import Microbatch, Sample
 from tests.engine.peft_cases import CASES, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
-from tests.models.train_cases import BETA, FolderAdapter, Margin, WeightedSum, microbatch, read, samples
+from tests.models.train_cases import BETA, DEVICE, FolderAdapter, Margin, WeightedSum, microbatch, read, samples
 from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
 
 LENGTHS = (19, 7, 19, 19, 30)
@@ -29,12 +29,14 @@ class World:
     def __init__(self, folder: Path, arch: str, **changes: object):
         self.checkpoint = build_checkpoint(folder / "base", arch, **changes)
         self.folder = folder
-        self.engine = Engine(str(self.checkpoint), dtype="float32", kv_cache_gib=0.01, adapter_memory_gib=0.02)
+        self.engine = Engine(
+            str(self.checkpoint), dtype="float32", device=DEVICE, kv_cache_gib=0.01, adapter_memory_gib=0.02
+        )
         self.parts = self.engine._engine.parts
         self.model = TrainModel(self.parts.loaded.model, self.parts.runner.grafts)
 
     def reference(self) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval().to(DEVICE)
 
     def lora(self, name: str, seed: int = 1, **config: object) -> FolderAdapter:
         return read(write_adapter(self.checkpoint, self.folder / f"{name}{seed}", BY_NAME[name], seed=seed), self.sites)
@@ -64,9 +66,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def log_probabilities(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([sample.tokens]), use_cache=False).logits[0].float()
-    trained = torch.tensor([i for i, w in enumerate(sample.weights) if w])
-    return logits.log_softmax(-1)[trained - 1, torch.tensor(sample.tokens)[trained]]
+    device = model.device
+    logits = model(input_ids=torch.tensor([sample.tokens], device=device), use_cache=False).logits[0].float()
+    trained = torch.tensor([i for i, w in enumerate(sample.weights) if w], device=device)
+    return logits.log_softmax(-1)[trained - 1, torch.tensor(sample.tokens, device=device)[trained]]
 
 
 def peft_gradients(world: World, adapter: FolderAdapter, batch: tuple[Sample, ...]) -> tuple[float, dict]:
@@ -74,7 +77,7 @@ def peft_gradients(world: World, adapter: FolderAdapter, batch: tuple[Sample, ..
     loss = WeightedSum(batch)([log_probabilities(model, s) for s in batch])[0]
     loss.backward()
     return loss.item(), {
-        name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.grad is not None
+        name.replace(".default", ""): p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None
     }
 
 
@@ -131,7 +134,8 @@ def hooked_gradients(
     """Autograd through transformers with hooks. delta(tensors of a module, input, output) -> what the adapter adds."""
     model = world.reference()
     tensors = {
-        name: t.requires_grad_() for name, t in load_file(adapter.spec.folder / "adapter_model.safetensors").items()
+        name: t.to(DEVICE).requires_grad_()
+        for name, t in load_file(adapter.spec.folder / "adapter_model.safetensors").items()
     }
     by_module: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -139,7 +143,7 @@ def hooked_gradients(
         leaf = "weight" if path.endswith(".reft") or name.endswith("reft.weight") else leaf
         path, kind = (path, leaf) if "lora" in name else name.removeprefix("base_model.model.").split(".reft.")
         by_module.setdefault(path, {})[kind] = tensor
-    mask = torch.zeros(0)
+    mask = torch.zeros(0, device=DEVICE)
     for path, own in by_module.items():
 
         def hook(module, args, output, own=own):
@@ -149,11 +153,15 @@ def hooked_gradients(
         model.get_submodule(path).register_forward_hook(hook)
     logps = []
     for s in batch:
-        mask = torch.tensor([any(lo <= i < hi for lo, hi in adapter.adapted(s)) for i in range(len(s.tokens))]).float()
+        mask = (
+            torch.tensor([any(lo <= i < hi for lo, hi in adapter.adapted(s)) for i in range(len(s.tokens))])
+            .float()
+            .to(DEVICE)
+        )
         logps.append(log_probabilities(model, s))
     loss = WeightedSum(batch)(logps)[0]
     loss.backward()
-    return loss.item(), {name: t.grad for name, t in tensors.items()}
+    return loss.item(), {name: t.grad.cpu() for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -202,7 +210,7 @@ def test_a_two_pass_objective(llama: World) -> None:
     loss.backward()
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert_gradients(
-        adapter, {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+        adapter, {n.replace(".default", ""): p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     )
 
 
@@ -215,7 +223,7 @@ def test_evaluation_keeps_nothing_and_counts(llama: World) -> None:
     for s, logps in zip(batch, done.results[0].logps, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(logps, log_probabilities(model, s), rtol=1e-4, atol=1e-5)
-            best = model(input_ids=torch.tensor([s.tokens])).logits[0].argmax(-1)
+            best = model(input_ids=torch.tensor([s.tokens], device=DEVICE)).logits[0].argmax(-1)
         right += sum(int(best[i - 1]) == s.tokens[i] for i, w in enumerate(s.weights) if w)
     assert int(done.results[0].num_correct) == right
     assert done.results[0].num_trained == sum(1 for s in batch for w in s.weights if w)
@@ -228,7 +236,7 @@ def test_dropout_is_the_same_forward_and_backward(llama: World, tmp_path: Path) 
     plain = llama.run(microbatch(read(folder, llama.sites), batch, grad=False)).results[0].loss
     loss = llama.run(microbatch(adapter, batch), keep=False).results[0].loss
     assert abs(loss - plain) > 1e-3 * plain
-    direction = torch.randn(adapter.block.shape, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(adapter.block.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     slope = (adapter.block_grad * direction).sum().item()
     values = []
     for step in (1e-4, -1e-4):
@@ -276,3 +284,28 @@ def test_served_rows_and_training_rows_in_one_forward(
     last.backward(last.num_layers + 1 - last.backward_done)
     peak = alone.block_grad.abs().max().item()
     torch.testing.assert_close(riding.block_grad, alone.block_grad, rtol=1e-4, atol=1e-5 * peak)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("eager", [True, False])
+def test_half_precision_on_a_gpu_is_near_single(tmp_path: Path, eager: bool) -> None:
+    """Flash attention, compiled layers: gradients in bf16 against float32 ones, as a share of their length."""
+    checkpoint = build_checkpoint(tmp_path / "base", "llama", hidden_size=256, intermediate_size=704, head_dim=64)
+    folder = write_adapter(checkpoint, tmp_path / "lora", BY_NAME["all8"], seed=1)
+    batch = samples(VOCAB, (190, 70, 190, 301), seed=3)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine(
+            str(checkpoint), dtype=dtype, device=DEVICE, kv_cache_gib=0.05, enforce_eager=eager, max_num_seqs=4
+        )
+        parts = engine._engine.parts
+        adapter = read(folder, parts.sites)
+        adapter.block = adapter.block.to(parts.loaded.dtype)
+        done = TrainPass(TrainModel(parts.loaded.model, parts.runner.grafts), [microbatch(adapter, batch)], keep=True)
+        done.forward(done.num_layers)
+        done.backward(done.num_layers + 1)
+        found.append((done.results[0].loss.item(), adapter.block_grad))
+        engine.close()
+    (loss, grad), (half_loss, half_grad) = found
+    assert half_loss == pytest.approx(loss, rel=0.02)
+    assert (half_grad - grad).norm() < 0.05 * grad.norm()

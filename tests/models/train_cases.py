@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class FolderAdapter:
         found: dict[str, torch.Tensor] = {}
         for piece in self.spec.plan.pieces:
             shape = shapes[piece.key]
-            part = self.block_grad[piece.offset : piece.offset + shape.numel()]
+            part = self.block_grad.cpu()[piece.offset : piece.offset + shape.numel()]
             grad = part.view(*reversed(shape)).T if piece.transpose else part.view(shape)
             found[piece.key] = found.get(piece.key, 0) + grad
             if piece.minus is not None:
@@ -51,7 +52,7 @@ class FolderAdapter:
 def read(folder: Path, sites: Sequence[Site], dropout: float = 0.0) -> FolderAdapter:
     spec = peft_files.inspect(folder, sites, max_rank=64)
     tensors = load_file(folder / peft_files.WEIGHTS)
-    return FolderAdapter(spec, pack(spec.plan, tensors.__getitem__, torch.float32).block, dropout)
+    return FolderAdapter(spec, pack(spec.plan, tensors.__getitem__, torch.float32).block.to(DEVICE), dropout)
 
 
 class WeightedSum:
@@ -60,7 +61,7 @@ class WeightedSum:
     two_pass = False
 
     def __init__(self, samples: Sequence[Sample]):
-        self.weights = [torch.tensor([w for w in s.weights if w]) for s in samples]
+        self.weights = [torch.tensor([w for w in s.weights if w], device=DEVICE) for s in samples]
 
     def __call__(self, logps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         loss = -sum((w * p).sum() for w, p in zip(self.weights, logps, strict=True))
@@ -68,6 +69,7 @@ class WeightedSum:
 
 
 BETA = 0.05
+DEVICE = os.environ.get("MULTIGRAFT_TEST_DEVICE", "cpu")
 
 
 class Margin:

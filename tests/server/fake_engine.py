@@ -19,7 +19,7 @@ from multigraft.core.errors import (
     ShuttingDown,
 )
 from multigraft.core.request import FinishReason, Logprob, Output, SamplingParams, Scope, TokenLogprobs
-from multigraft.engine.client import EngineInfo, EngineStats, ModelCard
+from multigraft.engine.client import EngineInfo, EngineStats, ModelCard, TrainingClient
 
 
 @dataclass
@@ -36,6 +36,7 @@ class FakeEngine:
     model_name = "base"
     max_model_len = 200
     info = EngineInfo(device="cpu", dtype="float32", kv_tokens=1000)
+    training: TrainingClient | None = None
 
     def __init__(self, answer: str = "Hello!", *, delay: float = 0.0, fail_at: int | None = None):
         """fail_at: raise RuntimeError in place of this token."""

@@ -1,0 +1,97 @@
+"""What a job is computed from: its settled spec and its tokenised files."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, replace
+
+from multigraft.core.errors import MultigraftError
+from multigraft.core.training import JobRequest
+
+from . import data
+from .dataset import Dataset
+from .engine import TrainingEngine
+from .spec import JobSpec
+from .store import TrainingStore
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    spec: JobSpec
+    """Resolved."""
+    train: Dataset
+    valid: Dataset | None
+
+    @property
+    def num_steps(self) -> int:
+        h = self.spec.hyperparameters
+        return h.n_epochs * -(-len(self.train) // h.batch_size)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the files."""
+        return [
+            _describe_too_long(dataset, what, self.spec.hyperparameters.max_length)
+            for what, dataset in (("training", self.train), ("validation", self.valid))
+            if dataset is not None and dataset.too_long
+        ]
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the data that is being read."""
+
+
+def parse_spec(request: JobRequest) -> JobSpec:
+    return JobSpec.parse(
+        kind=request.method, hyperparameters=request.hyperparameters, adapter=request.adapter, seed=request.seed
+    )
+
+
+def settled(request: JobRequest, spec: JobSpec) -> JobRequest:
+    """The request with the spec's values in place of what they were made from."""
+    values = spec.to_dict()
+    return replace(request, **{name: values[name] for name in ("hyperparameters", "adapter", "seed")})
+
+
+async def read_inputs(request: JobRequest, store: TrainingStore, engine: TrainingEngine) -> Inputs:
+    """Reads in a thread, until it is done or this is cancelled. InvalidRequest or NotFound; param is the file's."""
+    abandoned = threading.Event()
+
+    def stay(done: int, total: int) -> None:
+        if abandoned.is_set():
+            raise _Abandoned
+
+    def read_all() -> Inputs:
+        spec = engine.admit(parse_spec(request))
+
+        def read(param: str) -> Dataset:
+            try:
+                return data.read(
+                    store.file_path(getattr(request, param)),
+                    engine.tokenizer,
+                    kind=spec.kind,
+                    max_length=spec.hyperparameters.max_length,
+                    depends_on_prompt=spec.adapter.depends_on_prompt,
+                    progress=stay,
+                )
+            except MultigraftError as error:
+                error.param = param
+                raise
+
+        train = read("training_file")
+        valid = read("validation_file") if request.validation_file is not None else None
+        return Inputs(spec.resolve(len(train)), train, valid)
+
+    try:
+        return await asyncio.to_thread(read_all)
+    finally:
+        abandoned.set()
+
+
+def _describe_too_long(dataset: Dataset, what: str, max_length: int) -> str:
+    lines = ", ".join(map(str, dataset.too_long[:10])) + (", ..." if len(dataset.too_long) > 10 else "")
+    return (
+        f"{len(dataset.too_long)} lines of the {what} file are left out, for samples of more than {max_length} tokens: "
+        f"{lines}"
+    )
