@@ -10,6 +10,7 @@ tokens and slots suffice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -215,13 +216,30 @@ class ServerLoads:
         return min(lines, key=lambda line: line[1] + line[0] * x)
 
 
-def estimate(
-    demands: Sequence[Demand], profile: Profile, deployment: Deployment, slo: SLO | None = None
-) -> tuple[float, float]:
-    """How full one server is with all demands, and the inter-token latency to expect, at most the longest allowed."""
+class Estimate(NamedTuple):
+    """Of one server, by the step-time model alone."""
+
+    load: float
+    """The fullest resource in the best mode; what is planned with should stay under 1."""
+    itl_s: float
+    """The shortest step that holds a step's work; the longest allowed when none does."""
+    busy: float
+    """Time that the work takes, as a share of the time planned with, when steps take the longest allowed."""
+    running: float
+    """Running requests, as a share of max_num_seqs less the margin for bursts, when steps take itl_s."""
+    kv: float
+    slots: float
+
+
+def estimate(demands: Sequence[Demand], profile: Profile, deployment: Deployment, slo: SLO | None = None) -> Estimate:
+    """One server with all demands; CapacityExceeded as ServerLoads."""
     loads = ServerLoads(demands, profile, deployment, slo)
-    sums = loads.uses(range(len(demands)), np.ones(len(demands))).sum(axis=2, keepdims=True)
-    return float(fullness(sums)[0]), float(min(loads.itl_s(sums)[0], loads.step_times[-1]))
+    sums = loads.uses(range(len(demands)), np.ones(len(demands))).sum(axis=2)
+    work = sums[:, 0]
+    mode = int(np.argmax(work <= 1)) if (work <= 1).any() else len(work) - 1
+    load = float(fullness(sums[..., None])[0])
+    rest = sums[mode, 2], sums[mode, 3], max(sums[mode, 4], sums[mode, 5])
+    return Estimate(load, float(loads.step_times[mode]), float(work[-1]), *map(float, rest))
 
 
 def _poisson_mean(most: float) -> float:

@@ -16,14 +16,13 @@ from multigraft.twin.report import STARVED
 from multigraft.twin.workload import SLO, Workload
 
 from .choice import Choice, Space, climbed, demands_of, part
-from .loads import estimate
+from .loads import Estimate, estimate
 from .placement import Demand
 from .rules import Model, fit_best
 from .search import ATTAINED, Outcome, Progress, no_memory, try_out
 
 FEATURES = (
-    "load",
-    "estimated_itl",
+    *Estimate._fields,
     "adapters",
     "rate_sum",
     "rate_std",
@@ -43,7 +42,7 @@ FEATURES = (
 TARGETS = ("served", "attained", "ttft", "itl", "trained")
 """Share of the arriving tokens that is served in time; of the requests, that meet the SLO; mean latencies in seconds;
 tokens trained a second."""
-EXAMPLES = 240
+EXAMPLES = 400
 ASKED = 300
 """Choices that the models are asked for, at most; drawn at random."""
 SPEEDS = (0.5, 1.0, 2.0)
@@ -183,10 +182,9 @@ def features(choice: Choice, demands: Sequence[Demand], share: Workload, profile
     rates = np.array([d.rate for d in demands])
     ranks = np.array([d.rank for d in demands if d.rank] or [0])
     prefill = sum(d.rate for d in demands if d.scope is Scope.PREFILL)
-    load, itl = estimate(demands, profile, deployment, share.slo)
+    estimated = estimate(demands, profile, deployment, share.slo)
     return [
-        load,
-        itl,
+        *estimated,
         choice.num_adapters,
         float(rates.sum()),
         float(rates.std()),

@@ -126,7 +126,7 @@ def _promising(choices: Sequence[Choice], workload: Workload, profile: Profile) 
     for choice in choices:
         num = choice.num_adapters
         try:
-            load, _ = estimate(demands[num], profile, choice.deployment(by_num[num], profile), workload.slo)
+            load = estimate(demands[num], profile, choice.deployment(by_num[num], profile), workload.slo).load
         except CapacityExceeded:
             continue
         if load <= HOPELESS:
