@@ -21,7 +21,7 @@ ALLOWED = {
     "server": {"core", "metrics", "engine.client"},
     "twin": {"core", "kvcache", "scheduling"},
     "planner": {"core", "scheduling", "twin"},
-    "calibration": {"core", "kvcache", "scheduling", "adapters", "models", "engine", "twin"},
+    "calibration": {"core", "scheduling", "adapters", "training", "engine", "twin"},
     "cli": {"core", "server", "engine", "adapters", "twin", "planner", "calibration"},
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from random import Random
 
 from multigraft.core.batch import Batch
 from multigraft.core.request import AdapterRef, FinishReason, Output, Request, SamplingParams
@@ -13,19 +12,7 @@ from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
 from multigraft.twin.record import Load, Record, Sample, Served
 from multigraft.twin.simulate import NUM_SAMPLES
-from multigraft.twin.workload import PREFIX_BLOCK, Arrival, Workload
-
-LEAST_TOKEN = 3
-"""Lower ids tend to be special."""
-
-
-def prompt_tokens(index: int, arrival: Arrival, vocab: int) -> list[int]:
-    """Random tokens that agree with another request's as far as their prefix ids do."""
-    tokens: list[int] = []
-    for block in arrival.prefix:
-        tokens += Random(f"block {block}").choices(range(LEAST_TOKEN, vocab), k=PREFIX_BLOCK)
-    del tokens[arrival.prompt_len :]
-    return tokens + Random(index).choices(range(LEAST_TOKEN, vocab), k=arrival.prompt_len - len(tokens))
+from multigraft.twin.workload import Arrival, Workload, prompt_tokens
 
 
 class Drive:

@@ -6,7 +6,7 @@ import typer
 
 from multigraft import __version__
 
-from . import adapters
+from . import adapters, plan, twin
 from .serve import register
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 register(app)
+twin.register(app)
+plan.register(app)
 app.add_typer(adapters.app)
 
 

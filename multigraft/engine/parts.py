@@ -171,7 +171,7 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int) -> Pa
         budget = int(config.cache.kv_cache_gib * GIB)
     elif loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        reserve = total * (1 - config.cache.gpu_memory_utilization) + _activation_bytes(config, loaded) + reserved
+        reserve = total * (1 - config.cache.gpu_memory_utilization) + activation_bytes(config, loaded) + reserved
         budget = int(free - reserve)
     else:
         most = config.scheduler.max_num_seqs * -(-loaded.max_model_len // config.cache.page_size) * page_bytes
@@ -185,7 +185,7 @@ def _allocate_kv(config: EngineConfig, loaded: LoadedModel, reserved: int) -> Pa
     return PagedKV(**shape, num_pages=num_pages, dtype=loaded.dtype, device=loaded.device)
 
 
-def _activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+def activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     """What a step's activations and logits may take: a few MLP-wide rows a token, fp32 logits a sequence."""
     c = loaded.model.config.get_text_config()
     rows = config.scheduler.max_num_batched_tokens * (4 * c.intermediate_size + 8 * c.hidden_size) * 2

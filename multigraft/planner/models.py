@@ -43,6 +43,8 @@ TARGETS = ("served", "attained", "ttft", "itl", "trained")
 """Share of the arriving tokens that is served in time; of the requests, that meet the SLO; mean latencies in seconds;
 tokens trained a second."""
 EXAMPLES = 400
+MARGIN = 0.05
+"""By which predicted shares must be better than they have to: about what the models err by."""
 ASKED = 300
 """Choices that the models are asked for, at most; drawn at random."""
 SPEEDS = (0.5, 1.0, 2.0)
@@ -144,12 +146,17 @@ class Models:
         predicted["throughput"] = min(1.0, predicted["served"]) * _arriving(x)
         return Advice(choice, predicted, self._why(x))
 
+    def explain(self, choice: Choice, workload: Workload, profile: Profile) -> dict[str, str]:
+        """What the models say of a choice, and why, by target."""
+        share = part(workload, choice.num_adapters)
+        return self._why(features(choice, demands_of(share), share, profile))
+
     def _rank(self, x: Sequence[float]) -> tuple[float, ...]:
         """As Outcome.rank, from features; at last the lower load."""
         p = self.predict(x)
-        short = max(0.0, STARVED - p["served"])
+        short = max(0.0, STARVED + MARGIN - p["served"])
         if self.slo != SLO():
-            short += max(0.0, ATTAINED - p["attained"])
+            short += max(0.0, ATTAINED + MARGIN - p["attained"])
         throughput = min(1.0, p["served"]) * _arriving(x) + p["trained"]
         return (short, -float(f"{throughput:.3g}"), x[FEATURES.index("load")], p["itl"] + p["ttft"])
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 from multigraft.core.errors import InvalidRequest
@@ -29,6 +30,8 @@ class Arrival(NamedTuple):
 
 PREFIX_BLOCK = 512
 """Tokens that one id of Arrival.prefix stands for: Mooncake's unit."""
+LEAST_TOKEN = 3
+"""Lower ids tend to be special."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +163,15 @@ def number(value: object, what: str, *, whole: bool = False, least: float = 0) -
     ok = math.isfinite(found) and found >= least and not isinstance(value, bool) and (not whole or found == int(found))
     _check(ok, f"{what} is {value!r}; it must be {kind} of {least:g} or more.")
     return int(found) if whole else found
+
+
+def prompt_tokens(index: int, arrival: Arrival, vocab: int) -> list[int]:
+    """For a real model: random tokens that agree with another request's as far as their prefix ids do."""
+    tokens: list[int] = []
+    for block in arrival.prefix:
+        tokens += Random(f"block {block}").choices(range(LEAST_TOKEN, vocab), k=PREFIX_BLOCK)
+    del tokens[arrival.prompt_len :]
+    return tokens + Random(index).choices(range(LEAST_TOKEN, vocab), k=arrival.prompt_len - len(tokens))
 
 
 def by_time(requests: Iterable[Arrival]) -> tuple[Arrival, ...]:

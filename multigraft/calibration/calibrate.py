@@ -1,0 +1,278 @@
+"""Profile of a model on this machine: step times, load times and memory, measured on the engine itself."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+
+from multigraft.adapters.site import Site, SiteKind
+from multigraft.core.config import EngineConfig
+from multigraft.core.errors import CapacityExceeded
+from multigraft.core.region import Scope
+from multigraft.engine import parts as engine_parts
+from multigraft.engine.core import EngineCore
+from multigraft.engine.parts import EngineParts
+from multigraft.scheduling.steptime import StepTimeModel
+from multigraft.twin.profile import LoadTimes, Memory, Profile, these_versions, this_machine
+
+from .points import DesignedShare, Plan, PointRunner, Timed, draw_point
+
+RANKS = (8, 16, 32, 64)
+SLOTS = 64
+"""Adapters on the device while calibrating, unless the configuration asks for more."""
+RANK_SUM = 256
+"""Of the adapters of one rank: 32 of rank 8, 4 of rank 64."""
+TRAIN_SHARE = 0.25
+"""Of the measuring time that goes into steps with training."""
+HELD_OUT = 5
+"""Every so many points are not fitted, but tell the error."""
+
+Progress = Callable[[str, float], None]
+"""Told what is being done, and the share that is done."""
+
+
+def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, progress: Progress) -> Profile:
+    """Build the engine, measure for about so many seconds, and fit. Raises MultigraftError for what the user can mend.
+
+    Start-up and load times come on top: with 150 s, some 3 minutes on either device.
+    """
+    slots = max(SLOTS, config.adapters.max_loras)
+    adapters = replace(config.adapters, max_loras=slots, max_cpu_loras=max(4 * SLOTS, config.adapters.max_cpu_loras))
+    cache = replace(config.cache, enable_prefix_caching=True)  # contexts come from it
+    progress("Loading the model", 0.0)
+    parts = engine_parts.build(replace(config, adapters=adapters, cache=cache))
+    for tensor in (parts.runner.attention.kv.k, parts.runner.attention.kv.v):  # type: ignore[attr-defined]
+        tensor.fill_(0.01)  # pages never written would all be one page of zeros to the operating system
+    rng = Random(seed)
+    share = DesignedShare(rng)
+    parts.scheduler.training = share
+    core = EngineCore(parts)
+    with tempfile.TemporaryDirectory() as folder:
+        names = _register(parts, Path(folder), progress)
+        core.start()
+        try:
+            runner = PointRunner(core, rng)
+            progress("Timing adapter loads", 0.05)
+            loads = _measure_loads(core, runner, names)
+            timed, held_out = _measure_steps(core, runner, names, seconds, progress)
+            timed += _measure_training(core, runner, share, seconds * TRAIN_SHARE, progress)
+        finally:
+            core.stop(30)
+            parts.store.close()
+    progress("Fitting", 0.98)
+    steps = StepTimeModel.fit(*zip(*timed, strict=True))
+    loaded = parts.loaded
+    return Profile(
+        model=loaded.name,
+        hardware=this_machine(torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else None),
+        versions=these_versions(),
+        steps=steps,
+        loads=loads,
+        memory=_memory(config, parts),
+        max_model_len=loaded.max_model_len,
+        overlap=loaded.device.type == "cuda",
+        num_layers=loaded.model.config.get_text_config().num_hidden_layers,
+        train_rows=parts.trainer.memory.max_rows,
+        errors=errors(steps, held_out),
+    )
+
+
+def errors(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> dict[str, float]:
+    """Relative errors on held-out points: of single steps, and of the points' whole times, where noise cancels."""
+    steps = [abs(e) for point in points for e in model.errors(*zip(*point, strict=True))]
+    sums = [abs(sum(model.predict(s) for s, _ in point) / sum(t for _, t in point) - 1) for point in points]
+    if not steps:
+        return {}
+    return {
+        "held_out_steps": len(steps),
+        "step_mean": statistics.mean(steps),
+        "step_p50": statistics.median(steps),
+        "step_p95": sorted(steps)[int(0.95 * len(steps))],
+        "step_worst": max(steps),
+        "point_mean": statistics.mean(sums),
+        "point_worst": max(sums),
+    }
+
+
+# Adapters ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, sites: Sequence[Site], rank: int, dtype: torch.dtype, seed: int = 0) -> int:
+    """A PEFT folder with small random factors on every linear of the decoder's layers; returns its bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, targets = {}, set()
+    for site in sites:
+        if site.kind is not SiteKind.LINEAR or ".layers." not in f".{site.members[0]}":
+            continue
+        for path, out in zip(site.members, site.out_features, strict=True):
+            for factor, shape in (("lora_A", (rank, site.in_features)), ("lora_B", (out, rank))):
+                random = torch.randn(shape, generator=generator) * 0.01
+                tensors[f"base_model.model.{path}.{factor}.weight"] = random.to(dtype)
+            targets.add(path.rpartition(".")[2])
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": sorted(targets)}))
+    return sum(t.nbytes for t in tensors.values())
+
+
+def _register(parts: EngineParts, folder: Path, progress: Progress) -> list[list[str]]:
+    """Names by rank; those of a rank share one folder, but not their place in memory."""
+    names = []
+    ranks = [rank for rank in RANKS if rank <= parts.config.adapters.max_lora_rank]
+    for i, rank in enumerate(ranks):
+        progress(f"Writing adapters of rank {rank}", 0.02 + 0.02 * i / len(ranks))
+        nbytes = write_adapter(folder / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
+        count = min(RANK_SUM // rank, parts.bank.capacity_bytes // nbytes)
+        if count:
+            names.append([f"calibration-{rank}-{n}" for n in range(count)])
+        for name in names[-1] if count else ():
+            parts.store.register(name, folder / f"r{rank}")
+    if not names:
+        raise CapacityExceeded(
+            f"Adapters of rank {ranks[0]} do not fit the adapter memory of {parts.bank.capacity_bytes} bytes; raise "
+            "--adapter-memory-gib."
+        )
+    return names
+
+
+def _measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]]) -> LoadTimes:
+    """Three adapters of each rank, from disk (in the system's cache, as just written) and from host memory."""
+    store, counters = core.parts.store, core.counters
+    fetches, copies = [], []
+    for group in names:
+        for name in group[:3]:
+            ref = store.resolve(name)
+            store.acquire(ref)  # so that it stays in host memory
+            start = time.perf_counter()
+            store.fetch(ref).result()
+            fetches.append((ref.nbytes, time.perf_counter() - start))
+            store.release(ref)
+            before = counters.adapter_load_seconds
+            runner.warm_up([name])
+            copies.append((ref.nbytes, counters.adapter_load_seconds - before))
+    (fetch, fetch_per_byte), (copy, copy_per_byte) = _line(fetches), _line(copies)
+    return LoadTimes(fetch=fetch, fetch_per_byte=fetch_per_byte, copy=copy, copy_per_byte=copy_per_byte)
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Base and slope, neither negative, of the least squares of the relative error."""
+    import numpy as np
+
+    from multigraft.scheduling.steptime import nonnegative_least_squares
+
+    seconds = np.array([t for _, t in points])
+    a = np.array([[1.0, nbytes] for nbytes, _ in points]) / seconds[:, None]
+    scale = np.linalg.norm(a, axis=0)
+    base, slope = nonnegative_least_squares(a / scale, np.ones(len(points))) / scale
+    return float(base), float(slope)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------
+
+
+def _measure_steps(
+    core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]], seconds: float, progress: Progress
+) -> tuple[list[Timed], list[list[Timed]]]:
+    """(steps to fit, held-out points). The first points find cold caches and are not counted."""
+    timed: list[Timed] = []
+    held_out: list[list[Timed]] = []
+    begun, number = time.monotonic(), -3
+    while (elapsed := time.monotonic() - begun) < seconds * (1 - TRAIN_SHARE) or number < 2 * HELD_OUT:
+        progress(f"Timing steps: {len(timed)}", 0.1 + 0.66 * min(1.0, elapsed / seconds / (1 - TRAIN_SHARE)))
+        plans = draw_point(runner.rng, names, core)
+        runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
+        steps = runner.run(plans)
+        if number >= 0 and steps:
+            if number % HELD_OUT:
+                timed += steps
+            else:
+                held_out.append(steps)
+        number += 1
+    return timed, held_out
+
+
+def _measure_training(
+    core: EngineCore, runner: PointRunner, share: DesignedShare, seconds: float, progress: Progress
+) -> list[Timed]:
+    """Steps with a part of a training pass, alone and beside requests."""
+    trainer = core.parts.trainer
+    if trainer.memory.max_rows < 1:
+        return []  # fine-tuning is turned off
+    rng, begun = runner.rng, time.monotonic()
+    while (elapsed := time.monotonic() - begun) < seconds:
+        progress(f"Timing training: {len(share.timed)} steps", 0.78 + 0.2 * elapsed / seconds)
+        rows = min(trainer.memory.max_rows, rng.choice([64, 256, 1024, 2048]))
+        job, left = _job(core.parts, rows), Future[None]()
+        core.post(partial(trainer.start, job, 1.0, lambda event: None, left))
+        plans = [
+            Plan(at=2 * i, context=0, new=rng.choice([1, 16, 128]), output=24, adapter=None, scope=Scope.ALL)
+            for i in range(rng.choice([1, 4, 16]))
+        ]
+        runner.run(plans)
+        core.post(partial(trainer.stop, job.id))
+        left.result(120)
+    return share.timed
+
+
+def _job(parts: EngineParts, rows: int):  # type: ignore[no-untyped-def]
+    """A job without end on random tokens, `rows` of them in a microbatch."""
+    from multigraft.training.adapter import AdapterDesign, TrainableAdapter
+    from multigraft.training.dataset import Dataset
+    from multigraft.training.job import TrainingJob
+    from multigraft.training.microbatch import Sample
+    from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
+
+    rank = 16
+    hyper = Hyperparameters(n_epochs=50, batch_size=1, max_length=rows)
+    spec = JobSpec(adapter=AdapterSpec(r=rank), hyperparameters=hyper).resolve(64)
+    design = AdapterDesign.new(spec.adapter, parts.sites, base_model=None, max_rank=rank)
+    data = Dataset()
+    for number in range(64):
+        tokens = tuple(Random(number).choices(range(3, parts.vocab_size), k=rows))
+        data.add((Sample(tokens=tokens, weights=(0.0, *[1.0] * (rows - 1)), prompt_len=1),))
+    adapter = TrainableAdapter.new(spec.adapter, design, seed=0, dtype=parts.loaded.dtype, device=parts.loaded.device)
+    return TrainingJob(id="calibration", spec=spec, adapter=adapter, train=data, max_tokens=rows)
+
+
+# Memory --------------------------------------------------------------------------------------------------------
+
+
+def _memory(config: EngineConfig, parts: EngineParts) -> Memory:
+    """From what the engine laid out here, and the rule by which it does."""
+    page_bytes = parts.runner.attention.kv.nbytes // (parts.runner.attention.kv.num_pages + 1)  # type: ignore[attr-defined]
+    one = replace(config, adapters=replace(config.adapters, max_loras=1, adapter_memory_gib=None))
+    rank = min(engine_parts.DEFAULT_RANK, config.adapters.max_lora_rank)
+    common = {
+        "kv_token": page_bytes // config.cache.page_size,
+        "adapter_rank": engine_parts.adapter_bytes(one, parts.sites, parts.loaded.dtype) // rank,
+    }
+    kv_bytes = float(parts.scheduler.pages.num_pages * page_bytes)
+    if config.cache.kv_cache_gib is not None or parts.loaded.device.type == "cpu":
+        return Memory(total=kv_bytes, **common)
+
+    def activations(tokens: int, seqs: int) -> int:
+        scheduler = replace(config.scheduler, max_num_batched_tokens=tokens, max_num_seqs=seqs)
+        return engine_parts.activation_bytes(replace(config, scheduler=scheduler), parts.loaded)
+
+    s = config.scheduler
+    per_token = activations(1, 0) - activations(0, 0)
+    per_seq = activations(0, 1) - activations(0, 0)
+    return Memory(
+        total=kv_bytes + parts.bank.capacity_bytes + per_token * s.max_num_batched_tokens + per_seq * s.max_num_seqs,
+        per_adapter_byte=1.0,
+        per_batched_token=per_token,
+        per_seq=per_seq,
+        **common,
+    )
