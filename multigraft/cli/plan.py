@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from multigraft.core.config import SchedulerConfig
-from multigraft.core.errors import CapacityExceeded, InvalidRequest
+from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftError
 
 from .serve import user_errors
 
@@ -125,6 +126,7 @@ def place(
 ) -> None:
     """Place the workload's adapters on the fewest GPUs, or on a given number."""
     with user_errors():
+        known, wanted = _inputs(profile, workload)
         from multigraft.planner import packing
         from multigraft.planner.baselines import BASELINES
         from multigraft.planner.choice import demands_of
@@ -135,7 +137,6 @@ def place(
         from multigraft.planner.placement import Placement, fewest
         from multigraft.planner.plan import Plan
 
-        known, wanted = _inputs(profile, workload)
         if plan is not None:
             deployment = Plan.load(plan).setup().deployment(wanted, known)
         else:
@@ -192,6 +193,9 @@ def planned_flags(path: Path) -> Mapping[str, Any]:
 
 
 def _inputs(profile: Path, workload: Path) -> tuple[Profile, Workload]:
+    for package in ("scipy", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            raise MultigraftError(f"Planning needs {package}: pip install 'multigraft[plan]'.")
     from multigraft.twin.describe import read_workload
     from multigraft.twin.profile import Profile, these_versions, this_machine
 

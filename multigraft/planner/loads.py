@@ -16,7 +16,7 @@ import numpy as np
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.core.region import Scope
-from multigraft.scheduling.steptime import FEATURES, ROW_KNOTS
+from multigraft.scheduling.steptime import FEATURES, ROW_KNOTS, StepShape
 from multigraft.twin.profile import Deployment, Profile
 from multigraft.twin.workload import SLO
 
@@ -229,6 +229,10 @@ class Estimate(NamedTuple):
     """Running requests, as a share of max_num_seqs less the margin for bursts, when steps take itl_s."""
     kv: float
     slots: float
+    decode_step_s: float
+    """A step in which max_num_seqs requests decode."""
+    largest_step_s: float
+    """The same with as many prompt tokens as max_num_batched_tokens allows."""
 
 
 def estimate(demands: Sequence[Demand], profile: Profile, deployment: Deployment, slo: SLO | None = None) -> Estimate:
@@ -239,7 +243,32 @@ def estimate(demands: Sequence[Demand], profile: Profile, deployment: Deployment
     mode = int(np.argmax(work <= 1)) if (work <= 1).any() else len(work) - 1
     load = float(fullness(sums[..., None])[0])
     rest = sums[mode, 2], sums[mode, 3], max(sums[mode, 4], sums[mode, 5])
-    return Estimate(load, float(loads.step_times[mode]), float(work[-1]), *map(float, rest))
+    steps = (_full_step(demands, profile, deployment, prefill=prefill) for prefill in (False, True))
+    return Estimate(load, float(loads.step_times[mode]), float(work[-1]), *map(float, rest), *steps)
+
+
+def _full_step(demands: Sequence[Demand], profile: Profile, deployment: Deployment, *, prefill: bool) -> float:
+    scheduler = deployment.scheduler
+    weights = np.array([d.rate * d.output_len for d in demands])
+    weights /= weights.sum()
+    contexts = np.array([d.prompt_len + d.output_len / 2 for d in demands])
+    adapted = np.array([d.rank > 0 and d.scope is Scope.ALL for d in demands])
+    present = min(deployment.max_loras, scheduler.max_num_seqs, int(adapted.sum()))
+    nbytes = np.array([profile.adapter_bytes(d.rank) if d.nbytes is None else d.nbytes for d in demands])
+    rows = scheduler.max_num_seqs
+    prompt = scheduler.max_num_batched_tokens - rows if prefill else 0
+    shape = StepShape(
+        prefill_spans=1 if prompt else 0,
+        prefill_rows=prompt,
+        prefill_attention=prompt * (prompt + 1) // 2,
+        decode_rows=rows,
+        decode_context=int(rows * contexts @ weights),
+        decode_adapted=int(rows * adapted @ weights),
+        decode_adapters=present,
+        decode_adapter_bytes=int(present * nbytes @ weights),
+        samples=rows,
+    )
+    return profile.steps.predict(shape)
 
 
 def _poisson_mean(most: float) -> float:

@@ -152,13 +152,14 @@ class Models:
         return self._why(features(choice, demands_of(share), share, profile))
 
     def _rank(self, x: Sequence[float]) -> tuple[float, ...]:
-        """As Outcome.rank, from features; at last the lower load."""
+        """As Outcome.rank, from features; of equal throughput to two digits, what is farthest from its limits."""
         p = self.predict(x)
         short = max(0.0, STARVED + MARGIN - p["served"])
         if self.slo != SLO():
             short += max(0.0, ATTAINED + MARGIN - p["attained"])
         throughput = min(1.0, p["served"]) * _arriving(x) + p["trained"]
-        return (short, -float(f"{throughput:.3g}"), x[FEATURES.index("load")], p["itl"] + p["ttft"])
+        load, longest = x[FEATURES.index("load")], x[FEATURES.index("largest_step_s")]
+        return (short, -float(f"{throughput:.2g}"), load + longest / (self.slo.itl or 1.0))
 
     def _why(self, x: Sequence[float]) -> dict[str, str]:
         return {name: f"{fitted.kind}: {fitted.model.why(x)}" for name, fitted in self.by_target.items()}

@@ -34,7 +34,7 @@ def machine(weights: dict[str, float] = FAST, **memory: float) -> Profile:
     defaults = {"total": 60e9, "per_adapter_byte": 1, "kv_token": 131_072, "adapter_rank": 2_600_000}
     return Profile(
         model="made up",
-        hardware={"device": "made up"},
+        hardware={"device": "made up", "cpu": "made up"},
         versions={},
         steps=StepTimeModel(tuple(weights.get(name, 0.0) for name in FEATURES)),
         loads=LoadTimes(fetch=0.02, copy=0.004),
