@@ -87,7 +87,7 @@ class Bins:
         before = self.state()
         i, left = piece
         while left > ROUNDING:
-            room = self._largest_shares(i, left)
+            room = self.largest_shares(i, left)
             gpu = int(room.argmax())
             share = left if room[gpu] >= left - ROUNDING else min(room[gpu], left - MIN_SHARE)
             if share < min(left, MIN_SHARE):
@@ -97,7 +97,7 @@ class Bins:
             left -= share
         return True
 
-    def _largest_shares(self, i: int, share: float) -> Array:
+    def largest_shares(self, i: int, share: float) -> Array:
         """For every GPU how much of demand i it has room for, at most `share`."""
         which = [i] * len(self.held)
         has = np.array([held.get(i, 0.0) for held in self.held])
@@ -340,7 +340,8 @@ class _Part:
 
 
 def _relieved(bins: Bins, gpu: int) -> list[Piece]:
-    """Take pieces from a GPU until it is not too full: the smallest that is enough, or else the largest, again."""
+    """Take pieces from a GPU until it is not too full: the smallest that is enough, or else the largest, again. Of one
+    that nearly fills a GPU only as much as must go."""
     taken: list[Piece] = []
     while not fits(bins.sums[..., gpu]):
         held = list(bins.held[gpu].items())
@@ -348,7 +349,13 @@ def _relieved(bins: Bins, gpu: int) -> list[Piece]:
         enough = np.flatnonzero(fullness(bins.sums[..., gpu, None] - uses) <= 1 + ROUNDING)
         size = fullness(uses)
         chosen = enough[size[enough].argmin()] if len(enough) else size.argmax()
-        taken.append(bins.take(gpu, held[int(chosen)][0]))
+        i, share = bins.take(gpu, held[int(chosen)][0])
+        if size[chosen] > CUTS[1]:
+            kept = float(bins.largest_shares(i, share)[gpu])
+            if MIN_SHARE * share < kept < share:
+                bins.put(gpu, (i, kept))
+                share -= kept
+        taken.append((i, share))
     return taken
 
 
