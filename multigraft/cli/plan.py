@@ -79,34 +79,33 @@ def plan(
 
 def choose(wanted: Workload, known: Profile, how: How, seed: int = 0) -> tuple[Outcome, dict[str, str]]:
     """What is best, and the rules that say so; says on stderr how far the two ways are apart."""
+    from multigraft.planner.choice import Space
     from multigraft.planner.models import Models
-    from multigraft.planner.search import binding, search, try_out
+    from multigraft.planner.search import binding, improved, search, try_out
 
+    space = Space.of(wanted, known)
     with _progress() as progress:
-        found = None if how is How.MODELS else search(wanted, known, seed=seed, progress=progress)
-        if how is How.SEARCH:
-            assert found is not None
+        found = None if how is How.MODELS else search(wanted, known, space, seed=seed, progress=progress)
+        if found is not None and how is How.SEARCH:
             return found, {}
         models = Models.fit([wanted], known, seed=seed, progress=progress)
         try:
-            advice = models.advise(wanted, known, seed=seed)
+            advised = try_out(models.advise(wanted, known, space, seed=seed).choice, wanted, known)
         except CapacityExceeded:
             if found is None:
                 raise
             typer.echo("The models find nothing that serves everyone; the search does.", err=True)
-            return found, {}
-        advised = try_out(advice.choice, wanted, known)
-    if not advised.feasible:
-        message = f"What the models advise does not hold in the twin: {binding(advised)}."
-        if found is None:
-            raise CapacityExceeded(f"{message} Try --how search.")
-        typer.echo(message, err=True)
-        return found, {}
-    if found is None or advised.rank < found.rank:
-        return advised, advice.why
-    share = advised.report.throughput / found.report.throughput
-    typer.echo(f"The models' own choice serves {share:.1%} of the throughput of the search's.", err=True)
-    return found, models.explain(found.choice, wanted, known)
+            return found, models.explain(found.choice, wanted, known)
+        confirmed = improved(advised, wanted, known, space, progress)
+    if not confirmed.feasible:
+        raise CapacityExceeded(f"What the models advise does not hold in the twin: {binding(confirmed)}.")
+    best = confirmed if found is None else min(found, confirmed, key=lambda outcome: outcome.rank)
+    for name, outcome in (("search", found), ("models alone", advised), ("models, then the twin", confirmed)):
+        if outcome is not None:
+            share = outcome.report.throughput / best.report.throughput
+            holds = "" if outcome.feasible else f", but {binding(outcome)}"
+            typer.echo(f"{name}: {share:.1%} of the best throughput found{holds}", err=True)
+    return best, models.explain(best.choice, wanted, known)
 
 
 def place(

@@ -90,22 +90,29 @@ def search(
             outcomes.append(try_out(choice, workload, profile, None if last else seconds))
         choices = [outcome.choice for outcome in _kept(outcomes)]
     best = min(outcomes, key=lambda outcome: outcome.rank)
-    tried = {best.choice: best}
-
-    def rank(choice: Choice) -> tuple[float, ...]:
-        if progress:
-            progress("the neighbours of the best", 0, 0)
-        if choice not in tried:
-            tried[choice] = try_out(choice, workload, profile)
-        return tried[choice].rank
-
-    best = tried[climbed(best.choice, rank, space, workload, profile)]
+    best = improved(best, workload, profile, space, progress)
     if not best.feasible:
         raise CapacityExceeded(
             f"No set-up of one server serves even {best.choice.num_adapters} of {len(workload.adapters)} adapters of "
             f"workload {workload.name!r}: {binding(best)}."
         )
     return best
+
+
+def improved(
+    start: Outcome, workload: Workload, profile: Profile, space: Space, progress: Progress | None = None
+) -> Outcome:
+    """What climbing from a choice reaches, judged by the twin."""
+    tried = {start.choice: start}
+
+    def rank(choice: Choice) -> tuple[float, ...]:
+        if progress:
+            progress("neighbours of the best", 0, 0)
+        if choice not in tried:
+            tried[choice] = try_out(choice, workload, profile)
+        return tried[choice].rank
+
+    return tried[climbed(start.choice, rank, space, workload, profile)]
 
 
 def _kept(outcomes: Sequence[Outcome]) -> list[Outcome]:

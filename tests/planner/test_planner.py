@@ -16,9 +16,8 @@ from multigraft.planner.models import Models, features
 from multigraft.planner.placement import Placement
 from multigraft.planner.plan import Plan
 from multigraft.planner.rules import MAX_DEPTH, MIN_LEAF, Linear, RuleList, Tree, fit_best
-from multigraft.planner.search import Outcome, search, try_out
+from multigraft.planner.search import improved, search, try_out
 from multigraft.twin.describe import describe
-from multigraft.twin.workload import SLO
 
 from .instances import cpu, machine
 
@@ -59,16 +58,18 @@ def test_search_finds_what_exhaustive_search_finds():
     assert any(not outcome.feasible for outcome in everything)  # else any choice would do
 
 
-@pytest.mark.parametrize("seed", [12, 13])
+@pytest.mark.parametrize("seed", [12, 13, 15])
 def test_models_agree_with_the_search(models, seed):
     held_out = workload(seed)
     found = search(held_out, cpu(), SPACE)
     advice = models.advise(held_out, cpu(), SPACE)
-    advised = try_out(advice.choice, held_out, cpu())
-    assert advised.feasible
-    assert advised.report.throughput >= 0.95 * found.report.throughput
-    assert advice.predicted["throughput"] == pytest.approx(advised.report.throughput, rel=0.15)
+    alone = try_out(advice.choice, held_out, cpu())
+    assert advice.predicted["throughput"] == pytest.approx(alone.report.throughput, rel=0.15)
+    assert alone.report.throughput >= 0.8 * found.report.throughput
     assert all(" " in rule for rule in advice.why.values())
+    confirmed = improved(alone, held_out, cpu(), SPACE)
+    assert confirmed.feasible
+    assert confirmed.report.throughput >= 0.95 * found.report.throughput
 
 
 def test_models_answer_at_once(models):
