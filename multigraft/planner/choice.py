@@ -16,7 +16,7 @@ from multigraft.twin.workload import Adapter, Workload
 from .placement import Demand
 
 GIB = 2**30
-MAX_CLIMB = 4
+MAX_CLIMB = 8
 BASE_MODEL = "base"
 """Name of the demand of requests without adapter, as in reports."""
 
