@@ -22,7 +22,7 @@ EXAMPLES = Path("examples/adapters").absolute()
 
 
 class Server:
-    def __init__(self, model: Path, log: Path):
+    def __init__(self, model: Path, log: Path, *options: str, env: dict[str, str] | None = None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -31,9 +31,11 @@ class Server:
         command = [str(Path(sys.executable).with_name("multigraft")), "serve", str(model), "--port", str(port)]
         command += ["--served-model-name", "smollm2", "--lora-modules", f"pirate={EXAMPLES / 'pirate'}"]
         command += [json.dumps({"name": "robot", "path": str(EXAMPLES / "robot")}), "--max-loras", "2"]
-        command += ["--kv-cache-gib", "0.2", "--api-key", "secret", "--max-model-len", "2048"]
+        command += ["--kv-cache-gib", "0.2", "--api-key", "secret", "--max-model-len", "2048", *options]
         with log.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=env
+            )
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": "Bearer secret"}, timeout=60)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=60)
 
@@ -47,6 +49,15 @@ class Server:
                 time.sleep(0.2)
         raise AssertionError(self.log.read_text())
 
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        assert self.process.wait(30) == 0, self.log.read_text()
+        assert "Traceback" not in self.log.read_text()
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
     def ask(self, model: str, question: str, **kwargs: object) -> str:
         messages = [{"role": "user", "content": question}]
         reply = self.client.chat.completions.create(
@@ -57,11 +68,10 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(smol_path, tmp_path_factory.mktemp("server") / "log").wait()
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(smol_path, folder / "log", "--data-dir", str(folder / "data")).wait()
     yield server
-    os.killpg(server.process.pid, signal.SIGTERM)
-    assert server.process.wait(30) == 0, server.log.read_text()
-    assert "Traceback" not in server.log.read_text()
+    server.stop()
 
 
 def test_adapters_answer_in_their_style(server: Server) -> None:

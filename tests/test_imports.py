@@ -21,8 +21,8 @@ ALLOWED = {
     "server": {"core", "metrics", "engine.client"},
     "twin": {"core", "kvcache", "scheduling"},
     "planner": {"core", "scheduling", "twin"},
-    "calibration": {"core", "scheduling", "adapters", "training", "engine", "twin"},
-    "cli": {"core", "server", "engine", "adapters", "twin", "planner", "calibration"},
+    "calibration": {"core", "scheduling", "kernels", "adapters", "training", "engine", "twin"},
+    "cli": {"planner", "core", "server", "engine", "adapters", "twin", "calibration"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+DEVICE = os.environ.get("MULTIGRAFT_TEST_DEVICE", "cpu")
+"""Where the engine runs in tests against references that run on the CPU."""
 VOCAB = 320
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2
 CHAT_TEMPLATE = (

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.common import finish
 from multigraft.kernels import lora_reference, lora_triton
-from multigraft.kernels.lora import segmented_lora, segmented_lora_, segmented_lora_backward
+from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, segmented_lora_backward
 from multigraft.kernels.tiles import build_tiles, choose_block_m, max_tiles
 
 SITES = {
@@ -98,7 +98,7 @@ class Inputs:
             a, b = offset, offset + rank * n_in * len(outs)
             entry = []
             for out in outs:
-                entry.append((a, b, rank))
+                entry.append((a, b, rank, NO_OFFSET))
                 a, b = a + rank * n_in, b + rank * out
             table.append(entry)
             offset = b
@@ -244,7 +244,7 @@ def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
 CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
     ("SHRINK", 4): options("BLOCK_K", (16, 128, 2, 4, 256), (8, 128, 2, 4, 256), (32, 128, 2, 4, 256)),
     ("SHRINK", 64): options("BLOCK_K", (32, 64, 4, 4, 2048), (64, 64, 4, 4, 1024), (64, 128, 4, 3, 2048)),
-    ("EXPAND", 4): [lora_triton.EXPAND[4] | {"BLOCK_N": 1024, "FEW_R": 8}],
+    ("EXPAND", 4): [lora_triton.EXPAND[4] | {"BLOCK_N": 1024}],
     ("EXPAND", 64): [lora_triton.EXPAND[64] | {"BLOCK_N": 512, "num_warps": 2}],
 }
 

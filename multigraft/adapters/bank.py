@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from multigraft.core.errors import CapacityExceeded
+from multigraft.kernels.lora import NO_OFFSET
 from multigraft.kernels.packed import Factors
 
 from .plan import ALIGN
 from .site import PackedAdapter, Site, SiteBlock
 
+LAYOUTS = 64
+"""Layouts of adapters that are remembered: working one out takes longer than all else on the host's side of a load."""
 COMPACTION_CHUNK = 2**24
 """Elements moved at a time when extents are pushed together: bounds the temporary copy to 32 MiB in bf16."""
 
 
-def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site) -> Factors:
-    """Views of the factors that lie in `arena` where `block` says."""
+def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site, start: int = 0) -> Factors:
+    """Views of the factors that lie in `arena` where `block` says, for an adapter that begins at `start`."""
 
     def matrix(offset: int, rows: int, cols: int) -> torch.Tensor:
+        offset += start
         return arena[offset : offset + rows * cols].view(rows, cols)
 
     parts = zip(block.b, block.ranks, site.out_features, strict=True)
@@ -58,29 +63,29 @@ class _Tenant:
     """Offsets relative to `start`."""
     load: Load
 
-    def absolute(self) -> dict[int, SiteBlock]:
-        """`sites` with offsets into the arena."""
-        return {
-            index: replace(
-                block,
-                a=block.a + self.start,
-                b=tuple(b + self.start for b in block.b),
-                c=None if block.c is None else block.c + self.start,
-            )
-            for index, block in self.sites.items()
-        }
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A slot's rows of `Bank.table` and `Bank.scales`, in host memory, for an extent at the arena's start."""
+
+    rows: torch.Tensor
+    is_offset: torch.Tensor
+    """As rows: 1 where an entry moves with the extent."""
+    scales: torch.Tensor
 
 
 class Bank:
     """Device slots for adapters. Not thread-safe: the engine's thread alone uses it.
 
-    On CUDA, loads run on a stream of the bank's own, after the work already queued on the current stream; unloading
-    and compaction are queued on the current stream. So kernels already launched see what they were launched with.
+    On CUDA, unloading and compaction are queued on the current stream. Loads run on a stream of the bank's own, after
+    the work that was queued when an extent was last freed or moved, and beside what was queued later: so kernels
+    already launched see what they were launched with.
 
     arena: (capacity,) every extent.
-    table: (sites, max_slots, max_members, 3) int64 on the device: (a offset, b offset, rank) of each member, in
-    elements of the arena; zeros where the adapter does not act at the site. The a offset is the member's own, within
-    the site's stacked A, so that member 0's is where the stack starts even if its rank is 0.
+    table: (sites, max_slots, max_members, 4) int64 on the device: (a offset, b offset, rank, c offset) of each member,
+    in elements of the arena; zeros where the adapter does not act at the site. Offsets of a and c are the member's own,
+    within what the site's members have stacked, so that member 0's is where the stack starts even if its rank is 0;
+    c is NO_OFFSET where the adapter has none.
     scales: (sites, max_slots, max_members) float32 on the device.
     """
 
@@ -100,7 +105,7 @@ class Bank:
         self.capacity = capacity_bytes // dtype.itemsize // ALIGN * ALIGN
         self.arena = torch.zeros(self.capacity, dtype=dtype, device=self.device)
         members = max(len(site.members) for site in sites)
-        self.table = torch.zeros(len(sites), max_slots, members, 3, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(len(sites), max_slots, members, 4, dtype=torch.int64, device=self.device)
         self.scales = torch.zeros(len(sites), max_slots, members, dtype=torch.float32, device=self.device)
         self.version = 0
         """Grows with every change of a slot or an offset."""
@@ -108,7 +113,10 @@ class Bank:
         self._generation = [0] * max_slots
         self._entries: list[dict[int, SiteBlock]] = [{} for _ in sites]
         self._factors: dict[int, dict[int, Factors | None]] = {}  # by slot, then site; views made at first use
+        self._layout = lru_cache(LAYOUTS)(self._lay_out)  # adapters of one config share one
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._freed = torch.cuda.Event() if self._stream is not None else None
+        self._mark_freed()
 
     @property
     def capacity_bytes(self) -> int:
@@ -172,11 +180,17 @@ class Bank:
         for index in tenant.sites:
             del self._entries[index][slot]
         del self._factors[slot]
+        self._mark_freed()
         self.version += 1
         self._generation[slot] = self.version
 
+    def sites_of(self, slot: int) -> Collection[int]:
+        """Where the slot's adapter acts; nowhere when the slot is empty."""
+        tenant = self._tenants.get(slot)
+        return tenant.sites if tenant else ()
+
     def entries(self, site: int) -> dict[int, SiteBlock]:
-        """Slot -> where its factors for the site lie, offsets absolute; without the slots that do not act there."""
+        """Slot -> where in its extent its factors for the site lie; without the slots that do not act there."""
         return self._entries[site]
 
     def factors(self, site: int, slot: int) -> Factors | None:
@@ -192,14 +206,13 @@ class Bank:
         block = self._entries[site].get(slot)
         if block is None:
             return None
-        return factors_at(self.arena, block, self.sites[site])
+        return factors_at(self.arena, block, self.sites[site], start=self._tenants[slot].start)
 
     def _place(self, slot: int, tenant: _Tenant) -> None:
         """Record where a tenant lies, in the python tables and, on the current stream, in the device's."""
-        blocks = tenant.absolute()
-        for index, block in blocks.items():
+        for index, block in tenant.sites.items():
             self._entries[index][slot] = block
-        rows, scales = self._rows(blocks)
+        rows, scales = self._rows(tenant)
         if self._stream is not None:
             rows, scales = rows.pin_memory(), scales.pin_memory()
         self.table[:, slot].copy_(rows, non_blocking=True)
@@ -208,22 +221,24 @@ class Bank:
         self._factors[slot] = {}
         self.version += 1
 
-    def _rows(self, blocks: dict[int, SiteBlock]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, tenant: _Tenant | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A slot's rows of `table` and `scales`, in host memory."""
-        num_sites, _, members, _ = self.table.shape
-        rows = [0] * (num_sites * members * 3)
-        scales = [0.0] * (num_sites * members)
-        for index, block in blocks.items():
-            a, width = block.a, self.sites[index].in_features
+        layout = self._layout(tuple(tenant.sites.items()) if tenant else ())
+        return layout.rows + layout.is_offset * (tenant.start if tenant else 0), layout.scales.clone()
+
+    def _lay_out(self, blocks: tuple[tuple[int, SiteBlock], ...]) -> _Layout:
+        num_sites, _, members, width = self.table.shape
+        rows = torch.zeros(num_sites, members, width, dtype=torch.int64)
+        layout = _Layout(rows, torch.zeros_like(rows), torch.zeros(num_sites, members))
+        for index, block in blocks:
+            a, c = block.a, block.c
             for m, (rank, scale, b) in enumerate(zip(block.ranks, block.scales, block.b, strict=True)):
-                at = index * members + m
-                rows[3 * at : 3 * at + 3] = (a, b, rank)
-                scales[at] = scale
-                a += rank * width
-        return (
-            torch.tensor(rows, dtype=torch.int64).view(num_sites, members, 3),
-            torch.tensor(scales, dtype=torch.float32).view(num_sites, members),
-        )
+                rows[index, m] = torch.tensor((a, b, rank, NO_OFFSET if c is None else c))
+                layout.is_offset[index, m] = torch.tensor((1, 1, 0, c is not None))
+                layout.scales[index, m] = scale
+                a += rank * self.sites[index].in_features
+                c = None if c is None else c + rank
+        return layout
 
     def _first_fit(self, numel: int) -> int | None:
         end = 0
@@ -247,12 +262,18 @@ class Bank:
                 tenant.start = end
                 self._place(slot, tenant)
             end += tenant.numel
+        self._mark_freed()
 
     def _own_stream(self) -> torch.cuda.StreamContext:
-        """Work inside runs on the bank's stream, after what is queued on the current one. A no-op on the CPU."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        """Work inside runs on the bank's stream, where free extents may be written. A no-op on the CPU."""
+        if self._stream is not None and self._freed is not None:
+            self._stream.wait_event(self._freed)
         return torch.cuda.stream(self._stream)
+
+    def _mark_freed(self) -> None:
+        """Extents were freed or moved by what is queued on the current stream."""
+        if self._freed is not None:
+            self._freed.record(torch.cuda.current_stream(self.device))
 
     def _join_loads(self) -> None:
         """Let the current stream wait for every load that has begun."""
@@ -272,9 +293,8 @@ class Bank:
         table, scales = self.table.cpu(), self.scales.cpu()
         for slot in range(self.max_slots):
             tenant = self._tenants.get(slot)
-            blocks = tenant.absolute() if tenant else {}
             entries = {index: entries[slot] for index, entries in enumerate(self._entries) if slot in entries}
-            assert entries == blocks, f"slot {slot}: entries disagree"
-            rows, row_scales = self._rows(blocks)
+            assert entries == (tenant.sites if tenant else {}), f"slot {slot}: entries disagree"
+            rows, row_scales = self._rows(tenant)
             assert torch.equal(table[:, slot], rows), f"slot {slot}: the device's table disagrees"
             assert torch.equal(scales[:, slot], row_scales), f"slot {slot}: the device's scales disagree"

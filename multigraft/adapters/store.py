@@ -29,7 +29,7 @@ from .site import PackedAdapter, Site
 log = logging.getLogger(__name__)
 
 MAX_NAME_LEN = 256
-FETCH_THREADS = 2
+FETCH_THREADS = 4
 
 
 class LoraModule(NamedTuple):
@@ -350,7 +350,7 @@ class AdapterStore:
 
     def _evict(self) -> None:
         """Let the least recently fetched copies go until the bounds hold, but none that a request holds."""
-        nbytes = self.host_bytes
+        nbytes = self.host_bytes if self._max_host_bytes is not None else 0
         idle = (uid for uid in list(self._host) if self._versions[uid].users == 0)
         while len(self._host) > self._config.max_cpu_loras or (
             self._max_host_bytes is not None and nbytes > self._max_host_bytes

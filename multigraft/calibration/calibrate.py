@@ -23,6 +23,7 @@ from multigraft.core.region import Scope
 from multigraft.engine import parts as engine_parts
 from multigraft.engine.core import EngineCore
 from multigraft.engine.parts import EngineParts
+from multigraft.kernels.openmp import release_pool
 from multigraft.scheduling.steptime import StepTimeModel
 from multigraft.twin.profile import LoadTimes, Memory, Profile, these_versions, this_machine
 
@@ -60,6 +61,7 @@ def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, pr
     core = EngineCore(parts)
     with tempfile.TemporaryDirectory() as folder:
         names = _register(parts, Path(folder), progress)
+        release_pool()  # the engine's thread has the cores to itself
         core.start()
         try:
             runner = PointRunner(core, rng)
@@ -82,6 +84,7 @@ def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, pr
         memory=_memory(config, parts),
         max_model_len=loaded.max_model_len,
         overlap=loaded.device.type == "cuda",
+        launch=statistics.median(runner.launches) if runner.launches else 0.0,
         num_layers=loaded.model.config.get_text_config().num_hidden_layers,
         train_rows=parts.trainer.memory.max_rows,
         errors=errors(steps, held_out),
@@ -215,6 +218,7 @@ def _measure_training(
         progress(f"Timing training: {len(share.timed)} steps", 0.78 + 0.2 * elapsed / seconds)
         rows = min(trainer.memory.max_rows, rng.choice([64, 256, 1024, 2048]))
         job, left = _job(core.parts, rows), Future[None]()
+        release_pool()
         core.post(partial(trainer.start, job, 1.0, lambda event: None, left))
         plans = [
             Plan(at=2 * i, context=0, new=rng.choice([1, 16, 128]), output=24, adapter=None, scope=Scope.ALL)

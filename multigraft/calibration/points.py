@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ from multigraft.twin.workload import LEAST_TOKEN
 
 Timed = tuple[StepShape, float]
 MAX_NEW = 4096
-"""Prompt tokens that a point computes, at most."""
+"""Prompt tokens that a point computes, at most; and no more than fit one step, so that no point takes long."""
 MAX_OUTPUT = 10
 
 
@@ -49,7 +50,7 @@ def draw_point(rng: Random, adapters: Sequence[Sequence[str]], core: EngineCore)
     """
     parts = core.parts
     page, limit = parts.config.cache.page_size, parts.max_model_len
-    kv_left, new_left = parts.kv_tokens // 2, min(MAX_NEW, 2 * parts.config.scheduler.max_num_batched_tokens)
+    kv_left, new_left = parts.kv_tokens // 2, min(MAX_NEW, parts.config.scheduler.max_num_batched_tokens)
     rows = _log_uniform(rng, 1, parts.config.scheduler.max_num_seqs)
     context = rng.choice([0, _log_uniform(rng, page, limit)])
     new = _log_uniform(rng, 1, limit)
@@ -112,6 +113,10 @@ class PointRunner:
 
     def __init__(self, core: EngineCore, rng: Random):
         self.core, self.rng = core, rng
+        self.launches: list[float] = []
+        """Seconds of the turns that began a step and took none in."""
+        self._begun: float | None = None
+        """When the step was scheduled that nothing was heard of yet."""
         self._timed: list[Timed] = []
         self._shapes: deque[StepShape] = deque()
         self._plans: deque[tuple[int, Submission]] = deque()
@@ -149,12 +154,17 @@ class PointRunner:
             self.core.submit(self._plans.popleft()[1])
 
     def scheduled(self, batch: Batch) -> None:
+        now = time.monotonic()
+        if self._begun is not None:
+            self.launches.append(now - self._begun)
+        self._begun = now if batch else None
         if batch:
             self._shapes.append(StepShape.of(batch))
         self._step = self._step + 1 if batch else max(self._step, self._plans[0][0] if self._plans else 0)
         self._submit_due()
 
     def ran(self, batch: Batch, seconds: float) -> None:
+        self._begun = None
         if self._shapes:
             self._timed.append((self._shapes.popleft(), seconds))
 

@@ -186,6 +186,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> No
         from multigraft.engine.async_engine import AsyncEngine
 
         engine = await AsyncEngine.start(engine_config)
+        await engine.open_training()
         await serve(engine, server_config, sock=sock, on_ready=lambda url: print_banner(engine, server_config, url))
 
 

@@ -18,8 +18,8 @@ from multigraft.core.config import (
     TrainingConfig,
 )
 
-from .flags import all_flags, build
-from .serve import flag_parameter, user_errors
+from .flags import all_flags
+from .serve import build_engine_config, flag_parameter, user_errors
 
 if TYPE_CHECKING:
     from multigraft.twin.report import Report
@@ -65,9 +65,7 @@ def _calibrate(output: Path, seconds: float, values: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    parts = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "adapters": AdapterConfig}
-    parts["training"] = TrainingConfig
-    config = build(EngineConfig, values, **{name: build(cls, values) for name, cls in parts.items()})
+    config = build_engine_config(values)
     console = Console(stderr=True)
     with user_errors(), Progress(console=console) as bar:
         from multigraft.calibration.calibrate import calibrate  # torch, kept away from --help
@@ -116,7 +114,7 @@ def twin(
         measured = Report.load(compare) if compare is not None else None
         device = known.hardware.get("device")
         for line in known.differences(this_machine(device), these_versions()):
-            typer.secho(f"The profile was made elsewhere: {line}.", err=True, fg="yellow")
+            typer.secho(f"The profile differs from this machine: {line}.", err=True, fg="yellow")
         deployment = known.deployment(
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, fairness=fairness

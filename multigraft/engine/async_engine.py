@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from multigraft.core.config import EngineConfig
@@ -21,9 +22,11 @@ from multigraft.core.request import AdapterRef, Output, Request, SamplingParams
 from multigraft.engine.client import EngineInfo, EngineStats, ModelCard
 from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
+from multigraft.engine.fine_tuning import EngineTraining
 from multigraft.engine.parts import EngineParts, build
 from multigraft.engine.structured import Matcher
 from multigraft.kernels.openmp import release_pool
+from multigraft.training.manager import TrainingManager, training_folder
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class AsyncEngine:
 
     def __init__(self, parts: EngineParts):
         self.parts = parts
+        self.training: TrainingManager | None = None
         self._core = EngineCore(parts, step_end=self._step_end)
         self._loop = asyncio.get_running_loop()
         self._delivered: list[tuple[asyncio.Queue[Output], Output]] = []
@@ -51,6 +55,20 @@ class AsyncEngine:
         engine = cls(parts)
         engine._core.start()
         return engine
+
+    async def open_training(self) -> None:
+        """Take up fine-tuning: its state under the data folder, unfinished jobs, adapters trained before.
+
+        Does nothing when the configuration allows no jobs. InvalidRequest when another process has the state open.
+        """
+        config = self.parts.config
+        if config.training.max_training_jobs and self.parts.trainer.memory.budget:
+            folder = training_folder(Path(config.data_dir).expanduser(), self.model_name)
+            self.training = await TrainingManager.open(EngineTraining(self), config.training, folder)
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run `function` on the engine's thread, between two steps."""
+        self._core.post(function)
 
     @property
     def model_name(self) -> str:
@@ -276,6 +294,9 @@ class AsyncEngine:
 
     async def shutdown(self, grace_s: float) -> None:
         self._closing = True
+        training, self.training = self.training, None
+        if training is not None:
+            await training.close()
         deadline = time.monotonic() + grace_s
         while self._core.num_live and self._core.healthy and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

@@ -6,6 +6,7 @@ and hear from it through each submission's sink.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -127,6 +128,7 @@ class EngineCore:
     # From any thread -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        gc.freeze()  # else a full collection looks through all of torch, and stops the loop for 0.4 s now and then
         self._thread.start()
 
     def post(self, function: Callable[[], None]) -> None:
@@ -151,6 +153,7 @@ class EngineCore:
         """Abort what runs and end the thread."""
         self._stopping = True
         self._wake.set()
+        gc.unfreeze()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
@@ -240,7 +243,7 @@ class EngineCore:
             self._failures = 0
         except Exception as error:
             self._failures += 1
-            if batch.train is not None and batch.train.forward:
+            if self.trainer.rides and batch.train is not None and batch.train.forward:
                 # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
                 self.trainer.abandon(error)
                 return
@@ -295,8 +298,7 @@ class EngineCore:
         late = None
         if before is not None and before.launched is not None:
             late = LateTokens(before.launched.tokens, {s.request.id: i for i, s in enumerate(before.spans)})
-        riding = self.trainer.riding(batch.train) if batch.train is not None and batch.train.forward else None
-        output = parts.runner.execute(batch, late, riding)
+        output = parts.runner.execute(batch, late, self.trainer.riding(batch.train))
         spans = [span for span in batch.spans if span.samples]
         live = [self._live[span.request.id] for span in spans]
         launched = None

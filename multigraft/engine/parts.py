@@ -115,6 +115,11 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
             model, backend, grafts, max_rows=config.scheduler.max_num_seqs, max_len=loaded.max_model_len
         )
         progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
+    trainer = Trainer(TrainModel(model, grafts), train_memory, rides=not on_graphs)
+    if train_memory.compiled and train_memory.budget:
+        started = time.monotonic()
+        trainer.model.warm_up()
+        progress(f"Layers compiled for fine-tuning in {time.monotonic() - started:.0f} s")
     store = AdapterStore(
         sites,
         config.adapters,
@@ -141,7 +146,7 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         store=store,
         scheduler=Scheduler(config.scheduler, pages, residency, TrainingShare(config.training)),
         sampler=Sampler(vocab_size, loaded.device, config.model.seed, loaded.eos_token_ids),
-        trainer=Trainer(TrainModel(model, grafts), train_memory),
+        trainer=trainer,
         structured=(StructuredOutput(loaded.tokenizer, vocab_size, loaded.eos_token_ids) if loaded.tokenizer else None),
         vocab_size=vocab_size,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multigraft.core.errors import InvalidLogits, InvalidRequest
 from multigraft.core.request import Request, SamplingParams, TokenLogprobs
+from multigraft.kvcache.transfer import upload
 
 from .draw import draw, rows_at_once, truncate_, uniforms
 from .logprobs import MAX_LOGPROBS, RankedLogprobs, rank_logprobs
@@ -223,8 +224,7 @@ class Sampler:
         return torch.cat(tokens)
 
     def _upload(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return upload(torch.from_numpy(values), self.device)
 
 
 class _Row:

@@ -36,7 +36,8 @@ class TrainMemory:
     most_rows: int
     compiled: bool = False
     """Whether the decoder layers are."""
-    _jobs: dict[str, int] = field(default_factory=dict)
+    _jobs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(bytes beside activations, rows of its largest microbatch) of each that runs."""
     _shrunk: bool = False
 
     @classmethod
@@ -60,13 +61,12 @@ class TrainMemory:
     @property
     def free(self) -> int:
         """Bytes for a pass."""
-        return self.budget - sum(self._jobs.values())
+        return self.budget - sum(nbytes for nbytes, _ in self._jobs.values())
 
     @property
     def max_rows(self) -> int:
         """Rows of a pass, at most."""
-        fixed, row = self._pass(keep=False)
-        return max(0, min(self.most_rows, (self.free - fixed) // row))
+        return self._rows(self.free)
 
     def keeps(self, rows: int) -> bool:
         """Whether a pass of so many rows may keep its activations."""
@@ -77,26 +77,49 @@ class TrainMemory:
         """The device ran out of memory although the plan fitted: keep nothing from now on."""
         self._shrunk = True
 
+    def longest(self, nbytes: int) -> int:
+        """Rows of a pass when a job with so many bytes beside activations runs alone."""
+        return self._rows(self.budget - nbytes)
+
+    def microbatch(self, nbytes: int, longest: int) -> int:
+        """Rows that a new job's microbatches may have: half of the room, so that other jobs find some too, but no fewer
+        than its longest sample."""
+        return max(longest, self._rows((self.free - nbytes) // 2))
+
+    def fits(self, nbytes: int, longest: int) -> bool:
+        """Whether a job fits beside those that run: its bytes, and then still the largest microbatch of any of them."""
+        rows = max(longest, *(rows for _, rows in self._jobs.values())) if self._jobs else longest
+        return nbytes + self._activations(rows) <= self.free
+
     def check(self, nbytes: int, longest: int) -> None:
-        """CapacityExceeded unless a job with so many bytes of adapter and optimizer state fits beside those that run,
-        with room for a microbatch of `longest` rows."""
+        """CapacityExceeded unless a job could run alone: with so many bytes of adapter and optimizer state, and a
+        microbatch of `longest` rows."""
         if not self.budget:
             raise CapacityExceeded("Fine-tuning is off on this server; start it with --train-memory-gib.")
-        fixed, row = self._pass(keep=False)
-        needed = fixed + longest * row
-        if nbytes + needed > self.free:
+        needed = self._activations(longest)
+        if nbytes + needed > self.budget:
             raise CapacityExceeded(
                 f"The job needs {_gib(nbytes)} for its adapter, gradients and optimizer state, and {_gib(needed)} for "
-                f"the activations of a sample of {longest} tokens, together {_gib(nbytes + needed)}; {_gib(self.free)} "
-                f"of {_gib(self.budget)} are free (--train-memory-gib). A lower rank, fewer target modules or a "
-                f"smaller max_length need less."
+                f"the activations of {longest} tokens, together {_gib(nbytes + needed)}; fine-tuning may take "
+                f"{_gib(self.budget)} (--train-memory-gib). A lower rank, fewer target modules or a smaller "
+                f"max_length need less."
             )
 
-    def add(self, job_id: str, nbytes: int) -> None:
-        self._jobs[job_id] = nbytes
+    def add(self, job_id: str, nbytes: int, rows: int) -> None:
+        """rows: of its largest microbatch."""
+        self._jobs[job_id] = (nbytes, rows)
 
     def remove(self, job_id: str) -> None:
         self._jobs.pop(job_id, None)
+
+    def _rows(self, nbytes: int) -> int:
+        """Rows of a pass in so much memory, activations computed again."""
+        fixed, row = self._pass(keep=False)
+        return max(0, min(self.most_rows, (nbytes - fixed) // row))
+
+    def _activations(self, rows: int) -> int:
+        fixed, row = self._pass(keep=False)
+        return fixed + rows * row
 
     def _pass(self, keep: bool) -> tuple[int, int]:
         """(fixed bytes, bytes a row) of a pass."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +45,12 @@ class Trainer:
     raise are run again job by job.
     """
 
-    def __init__(self, model: TrainModel, memory: TrainMemory):
+    def __init__(self, model: TrainModel, memory: TrainMemory, *, rides: bool):
+        """rides: training rows go through the layers in front of the served rows, which saves reading the weights
+        twice. Where steps run as CUDA graphs it would take them out of these, and cost more than it saves."""
         self.model = model
         self.memory = memory
+        self.rides = rides
         self._entries: dict[str, _Entry] = {}
         self._pass: TrainPass | None = None
         self._suspects: list[str] = []
@@ -102,18 +105,20 @@ class Trainer:
         back = (p.num_layers + 1 if p.grad else 1) - p.backward_done
         return TrainWork(p.num_tokens, p.num_layers - p.forward_done, back)
 
-    def riding(self, part: TrainPart) -> AbstractContextManager[None]:
-        """Within, the model's forward pass takes the part's rows along."""
+    def riding(self, part: TrainPart | None) -> AbstractContextManager[None] | None:
+        """Within it, the model's forward pass takes the part's rows along; None when there is nothing to take."""
+        if part is None or not part.forward or not self.rides:
+            return None
         assert self._pass is not None
-        return self._pass.riding(part.forward) if part.forward else nullcontext()
+        return self._pass.riding(part.forward)
 
     def run(self, part: TrainPart, ridden: bool) -> None:
-        """The part itself, or what is left of it when its forward layers were `ridden`; ends a pass that is through."""
+        """The part itself, or what is left of it when its forward layers have `ridden`; ends a pass that is through."""
         p = self._pass
         if p is None:
             return  # it failed while it rode
         try:
-            if not ridden:
+            if not (ridden and self.rides):
                 p.forward(part.forward)
             p.backward(part.backward)
         except Exception as error:

@@ -1,16 +1,19 @@
-"""The segmented LoRA operation: many adapters on one token axis, as torch custom ops with autograd.
+"""The segmented adapter operation: many adapters on one token axis, as torch custom ops with autograd.
 
-For every tile (first row, rows, slot) and every member m of the site, with (a, b, rank) = table[slot, m]:
+For every tile (first row, rows, slot) and every member m of the site, with (a, b, rank, c) = table[slot, m]:
 
-    y[rows, columns of m] += scales[slot, m] * (x[rows] @ A.T) @ B
+    y[rows, columns of m] += scales[slot, m] * (x[rows] @ A.T + c) @ B
+
+LoRA has no c. ReFT's form is the same with x = y, the residual stream (adapters.reft).
 
 Arguments of all functions:
     x           (T, in), rows contiguous. Rows of no tile are never read, and nothing is added to them.
     arena       1-D, all factors. bf16, fp16 or fp32; another dtype than x's is converted as it is read.
-    table       int64 (slots, members, 3) of (a, b, rank), offsets in elements. B is stored transposed, (rank, out_m)
-                row-major, at b. The members' A, (rank, in) row-major, lie one after another from table[slot, 0, 0] on;
-                the other members' a is not looked at. rank 0: the adapter leaves this member alone.
-                The first a and every b are multiples of ALIGN.
+    table       int64 (slots, members, 4) of (a, b, rank, c), offsets in elements. B is stored transposed, (rank, out_m)
+                row-major, at b. The members' A, (rank, in) row-major, lie one after another from table[slot, 0, 0] on,
+                and their c, (rank,), from table[slot, 0, 3] on unless that is NO_OFFSET; the other members' a and c
+                are not looked at. rank 0: the adapter leaves this member alone. The first a and every b are multiples
+                of ALIGN.
     scales      float32 (slots, members). Both may be the first members of wider tables.
     tiles       int32 (n, 3), from tiles.build_tiles.
     out_features  widths of the members, whose columns lie one after another in y.
@@ -31,6 +34,8 @@ from . import lora_reference as reference
 
 ALIGN = 8
 """Elements. The kernels load 16 bytes at a time."""
+NO_OFFSET = -1
+"""Offset of a c that is zero."""
 
 
 @torch.library.custom_op("multigraft::segmented_lora_", mutates_args=("y",), device_types="cpu")
@@ -45,7 +50,10 @@ def segmented_lora_(
     block_m: int,
     max_rank: int,
 ) -> None:
-    """y (T, sum(out_features)) += the adapters' outputs, in place. For inference: has no gradient."""
+    """y (T, sum(out_features)) += the adapters' outputs, in place. For inference: has no gradient.
+
+    x may be y, except under torch.compile, which takes no two inputs that are one when one of them is changed.
+    """
     reference.forward(y, x, arena, table, scales, tiles, out_features)
 
 

@@ -7,6 +7,7 @@ Products are accumulated in at least float32 and rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,20 +18,36 @@ def _used_tiles(tiles: torch.Tensor) -> Iterator[tuple[slice, int]]:
             yield slice(first, first + rows), slot
 
 
+class _Member(NamedTuple):
+    """A member that a slot's adapter touches; factors are views of the arena."""
+
+    index: int
+    cols: slice
+    """Its columns of y."""
+    a: torch.Tensor
+    """(rank, in)"""
+    b: torch.Tensor
+    """(rank, out)"""
+    c: torch.Tensor | None
+    """(rank,)"""
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, rank) for x (rows, in)."""
+        h = _wide(x) @ _wide(self.a).T
+        return h if self.c is None else h + _wide(self.c)
+
+
 def _members(
     arena: torch.Tensor, table: torch.Tensor, slot: int, in_features: int, out_features: Sequence[int]
-) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
-    """(member, its columns of y, A (rank, in), B (rank, out)) of the members that the slot's adapter touches.
-
-    A and B are views of the arena.
-    """
-    a_start, col = int(table[slot, 0, 0]), 0
-    for m, ((_, b_start, rank), out) in enumerate(zip(table[slot].tolist(), out_features, strict=True)):
+) -> Iterator[_Member]:
+    a_start, c_start, col = int(table[slot, 0, 0]), int(table[slot, 0, 3]), 0
+    for m, ((_, b_start, rank, _), out) in enumerate(zip(table[slot].tolist(), out_features, strict=True)):
         if rank:
             a = arena[a_start : a_start + rank * in_features].view(rank, in_features)
             b = arena[b_start : b_start + rank * out].view(rank, out)
-            yield m, slice(col, col + out), a, b
+            yield _Member(m, slice(col, col + out), a, b, arena[c_start : c_start + rank] if c_start >= 0 else None)
         a_start += rank * in_features
+        c_start += rank if c_start >= 0 else 0
         col += out
 
 
@@ -47,11 +64,11 @@ def forward(
     tiles: torch.Tensor,
     out_features: Sequence[int],
 ) -> None:
-    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place."""
+    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place; y may be x."""
     for rows, slot in _used_tiles(tiles):
-        for m, cols, a, b in _members(arena, table, slot, x.shape[1], out_features):
-            delta = scales[slot, m] * (_wide(x[rows]) @ _wide(a).T @ _wide(b))
-            y[rows, cols] = (y[rows, cols] + delta).to(y.dtype)
+        for m in _members(arena, table, slot, x.shape[1], out_features):
+            delta = scales[slot, m.index] * (m.hidden(x[rows]) @ _wide(m.b))
+            y[rows, m.cols] = (y[rows, m.cols] + delta).to(y.dtype)
 
 
 def backward(
@@ -66,17 +83,18 @@ def backward(
     """(d_x, d_arena) for the gradient g (T, sum(out)) of the adapters' outputs; zero where nothing acts."""
     d_x, d_arena = torch.zeros_like(_wide(x)), torch.zeros_like(_wide(arena))
     for rows, slot in _used_tiles(tiles):
-        x_rows = _wide(x[rows])
-        for (m, cols, a, b), (_, _, d_a, d_b) in zip(
+        for m, d in zip(
             _members(arena, table, slot, x.shape[1], out_features),
             _members(d_arena, table, slot, x.shape[1], out_features),
             strict=True,
         ):
-            g_rows = scales[slot, m] * _wide(g[rows, cols])
-            u = g_rows @ _wide(b).T
-            d_x[rows] += u @ _wide(a)
-            d_a += u.T @ x_rows
-            d_b += (x_rows @ _wide(a).T).T @ g_rows
+            g_rows = scales[slot, m.index] * _wide(g[rows, m.cols])
+            u = g_rows @ _wide(m.b).T
+            d_x[rows] += u @ _wide(m.a)
+            d.a.add_(u.T @ _wide(x[rows]))
+            d.b.add_(m.hidden(x[rows]).T @ g_rows)
+            if d.c is not None:
+                d.c.add_(u.sum(0))
     return d_x.to(x.dtype), d_arena.to(arena.dtype)
 
 
@@ -94,6 +112,6 @@ def embedding_lora_(
     y (T, out); ids int (T,); A (rank, num_embeddings) and B (rank, out) as at a site with one member.
     """
     for rows, slot in _used_tiles(tiles):
-        for m, _, a, b in _members(arena, table, slot, num_embeddings, [y.shape[1]]):
-            delta = scales[slot, m] * (_wide(a[:, ids[rows]]).T @ _wide(b))
+        for m in _members(arena, table, slot, num_embeddings, [y.shape[1]]):
+            delta = scales[slot, m.index] * (_wide(m.a[:, ids[rows]]).T @ _wide(m.b))
             y[rows] = (y[rows] + delta).to(y.dtype)

@@ -1,8 +1,8 @@
 """The segmented LoRA operation in Triton: three kernels that serve the forward and the backward pass.
 
-    shrink   h = x Wᵀ      forward: W = A           backward: x = g, W = B
+    shrink   h = x Wᵀ      forward: W = A, and + c  backward: x = g, W = B
     expand   y += h W      forward: W = B           backward: y = d_x, W = A
-    outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A)
+    outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A, with which d_c is the sum of u over the rows)
 
 A kernel works on one side of the adapters. Side "a": the members' A lie one after another, so they are one
 (sum(ranks), in) matrix over all columns of x. Side "b": each member's B (rank, out) over its own columns of y; the
@@ -19,6 +19,7 @@ so a launch can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,21 +28,20 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_SPLITS = 8
-FEW_RANKS = 16
-"""Up to this rank, expand multiplies and adds without tensor cores."""
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
-# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. FEW_R: ranks at a time where they are
-# few; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the warps load at once, so that a thread holds
-# all the ranks of its columns (else the sum over ranks goes through shared memory, and takes three times as long).
+# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores.
+# Tiles of 4 rows are expanded without those; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the
+# warps load at once, so that a thread holds all the ranks of its columns (else the sum over ranks goes through shared
+# memory, and takes three times as long).
 SHRINK = {
     4: {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
     64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    4: {"BLOCK_R": 16, "BLOCK_N": 2048, "DOT_N": 128, "FEW_R": 4, "num_warps": 4, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "FEW_R": 8, "num_warps": 4, "num_stages": 1},
+    4: {"BLOCK_R": 4, "BLOCK_N": 2048, "num_warps": 4, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "num_warps": 4, "num_stages": 1},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -79,7 +79,7 @@ def _factor(
     first = 0
     rank = 0
     for m in tl.static_range(MEMBERS):
-        r = tl.load(entry + 3 * m + 2).to(tl.int32)
+        r = tl.load(entry + 4 * m + 2).to(tl.int32)
         if SIDE == "a":
             rank += r
         else:
@@ -89,9 +89,15 @@ def _factor(
         offset = tl.load(entry)
         scale = 1.0
     else:
-        offset = tl.load(entry + 3 * member + 1)
+        offset = tl.load(entry + 4 * member + 1)
         scale = tl.load(scales + slot.to(tl.int64) * scales_stride + member)
     return arena + tl.multiple_of(offset, ALIGN), rank, first, scale
+
+
+@triton.jit
+def _c_offset(table, table_stride, slot):
+    """Where the slot's c, of all members, begins; negative: there is none."""
+    return tl.load(table + slot.to(tl.int64) * table_stride + 3)
 
 
 @triton.jit
@@ -108,7 +114,7 @@ def _shrink_kernel(
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ."""
+    """h[split, rows, first : first + rank] = scale * x[rows, columns of the split] Wᵀ; on side "a" split 0 adds c."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
     if PDL:
@@ -138,6 +144,10 @@ def _shrink_kernel(
             mask = in_k[:, None] & (offs_r < rank)[None, :]
             w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
             acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+        if SIDE == "a":
+            c = _c_offset(table, table_stride, slot)
+            if (c >= 0) & (split == 0):
+                acc += tl.load(arena + c + offs_r, mask=offs_r < rank, other=0.0).to(tl.float32)[None, :]
         mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
         tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
 
@@ -147,7 +157,7 @@ def _four_rows(
     y, h, w, rank, scale, rows, offs_n, in_n, width, split_stride, h_stride, y_stride,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y[:4] += scale * h[:4] W by multiplying and adding: for few ranks a tensor core's operands cost more to lay out
+    """y[:4] += scale * h[:4] W by multiplying and adding: for few rows a tensor core's operands cost more to lay out
     than the products. Of `rows` (1 to 4) rows; each has an accumulator of its own, so that W is read once."""
     nth = tl.zeros_like(offs_n)
     n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
@@ -185,8 +195,7 @@ def _four_rows(
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_N: tl.constexpr,
-    FEW_RANKS: tl.constexpr, FEW_R: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
@@ -204,14 +213,12 @@ def _expand_kernel(
         return
     h += first_row * h_stride + first
     y += first_row * y_stride + left
-    if (BLOCK_M <= 4) | (rank <= FEW_RANKS):
+    if BLOCK_M == 4:
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = offs_n < width
-        for m in range(0, rows, 4):
-            _four_rows(
-                y + m * y_stride, h + m * h_stride, w, rank, scale, rows - m, offs_n, in_n, width,
-                split_stride, h_stride, y_stride, SPLITS, FEW_R, BLOCK_N,
-            )  # fmt: skip
+        _four_rows(
+            y, h, w, rank, scale, rows, offs_n, offs_n < width, width,
+            split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
     else:
         offs_m = tl.arange(0, BLOCK_M)
         for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
@@ -238,7 +245,10 @@ def _outer_kernel(
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """d_W[a block of ranks, a block of columns] = scale * hᵀ x, summed over the slot's tiles in the table's order."""
+    """d_W[a block of ranks, a block of columns] = scale * hᵀ x, summed over the slot's tiles in the table's order.
+
+    On side "a" the first block of columns also sums h over the rows, which is d_c.
+    """
     slot = tl.program_id(2)
     start = 0
     count = 0
@@ -257,6 +267,7 @@ def _outer_kernel(
     in_n = offs_n < width
     offs_m = tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    h_sum = tl.zeros((BLOCK_R,), tl.float32)
     for t in range(start, start + count):
         first_row, rows = tl.load(tiles + t * 3).to(tl.int64), tl.load(tiles + t * 3 + 1)
         in_m = offs_m < rows
@@ -265,6 +276,11 @@ def _outer_kernel(
         x_mn = x + first_row * x_stride + left + offs_m[:, None] * x_stride + offs_n[None, :]
         x_mn = tl.load(x_mn, mask=in_m[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(h_rm.to(x_mn.dtype), x_mn, acc, input_precision="ieee")
+        h_sum += tl.sum(h_rm, axis=1)
+    if SIDE == "a":
+        c = _c_offset(table, table_stride, slot)
+        if (c >= 0) & (block == 0):
+            tl.store(d_arena + c + offs_r, h_sum.to(d_arena.dtype.element_ty), mask=in_r)
     d_w += offs_r[:, None] * width + offs_n[None, :]
     tl.store(d_w, (scale * acc).to(d_arena.dtype.element_ty), mask=in_r[:, None] & in_n[None, :])
 
@@ -288,7 +304,7 @@ class Work(NamedTuple):
     @property
     def strides(self) -> tuple[int, int]:
         """From slot to slot in table and scales, which may be a site's part of wider ones."""
-        assert self.table.stride()[1:] == (3, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
+        assert self.table.stride()[1:] == (4, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
         return self.table.stride(0), self.scales.stride(0)
 
 
@@ -296,11 +312,12 @@ def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
     return tuple(triton.cdiv(w, size) for w in widths)
 
 
-def _overlap(tensor: torch.Tensor) -> dict[str, bool]:
+@cache
+def _overlap(device: torch.device) -> dict[str, bool]:
     """Launch options. From Hopper on, a kernel may start while the one before it runs (programmatic dependent launch):
     it reads its tables, and waits before it touches x, h or y. Every program waits, also those without work: the
     kernel after this one takes its end for the end of all before."""
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -316,7 +333,7 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
     _shrink_kernel[(splits * len(widths), len(work.tiles))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
         WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
-        CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x),
+        CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x.device),
     )  # fmt: skip
     return h
 
@@ -328,7 +345,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, si
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
         WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
-        BLOCK_M=work.block_m, FEW_RANKS=FEW_RANKS, **options, **_overlap(y),
+        BLOCK_M=work.block_m, **options, **_overlap(y.device),
     )  # fmt: skip
 
 
@@ -348,7 +365,7 @@ def outer(
 
 
 def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, out_features: Sequence[int]) -> None:
-    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place."""
+    """y (T, sum(out)) += the adapters' outputs for x (T, in), in place; y may be x: shrink has read it all by then."""
     assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
     h = shrink(x, arena, work, "a", [x.shape[1]])
     expand(y, h, arena, work, "b", out_features)

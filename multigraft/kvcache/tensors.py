@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from multigraft.core.batch import Batch
+from multigraft.kvcache.transfer import upload
 
 
 class PagedKV:
@@ -46,7 +47,7 @@ class PagedKV:
                 positions = np.arange(span.start, span.stop)
                 rows[row:end] = np.asarray(pages)[positions // p] * p + positions % p
             row = end
-        return torch.from_numpy(rows).to(self.k.device)
+        return upload(torch.from_numpy(rows), self.k.device)
 
     def write(self, layer: int, rows: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Store the step's keys and values at `rows_of` its batch."""

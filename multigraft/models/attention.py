@@ -120,8 +120,10 @@ def _attend_with_training(
     if len(q_THD) == n:
         return out
     backend: AttentionBackend = module.multigraft_attention  # type: ignore[assignment]
-    served = (t[n:].detach() for t in (q_THD, k_TKD, v_TKD))
-    return torch.cat([out, backend.attend(module.layer_idx, *served, scaling, window, softcap)])  # type: ignore[arg-type]
+    with torch.inference_mode():  # as the backend's own buffers were made
+        served = (t[n:] for t in (q_THD, k_TKD, v_TKD))
+        served_out = backend.attend(module.layer_idx, *served, scaling, window, softcap)  # type: ignore[arg-type]
+    return torch.cat([out, served_out])
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)

@@ -1,7 +1,8 @@
 """CUDA graphs of decode steps: a step of one row a request is one launch instead of a thousand.
 
-Two graphs for each of a few row counts: one without any adapter operation, one with them. Neither depends on which
-adapters there are: the work table lies in a fixed buffer, as do all inputs, and is filled anew for each step.
+A graph for each of a few row counts and each set of kinds of sites that adapters act on: none, so that steps without
+adapters have no adapter operation, linears (LoRA), the residual stream (ReFT), both. None depends on which adapters
+there are: the work table lies in a fixed buffer, as do all inputs, and is filled anew for each step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles, max_tiles
 from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from multigraft.models.runner import LateTokens
 
 UNKNOWN = -1
+CAPTURED = tuple(map(frozenset, ((), (SiteKind.LINEAR,), (SiteKind.RESIDUAL,), (SiteKind.LINEAR, SiteKind.RESIDUAL))))
+"""Kinds of sites at which a graph has adapter operations."""
 
 
 class DecodeGraphs:
@@ -50,12 +54,12 @@ class DecodeGraphs:
         dtype = attention.kv.k.dtype
         self._logits = torch.empty(self.sizes[-1], vocab, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, frozenset[SiteKind]], torch.cuda.CUDAGraph] = {}
         grafts.warm_up()
         self._capture_all()
 
     def covers(self, batch: Batch) -> bool:
-        """Decode rows alone, not more than were captured, and adapted on the decoder's linears alone if at all.
+        """Decode rows alone, not more than were captured, and adapted inside the decoder layers alone if at all.
 
         A prompt's last position, alone in its step, is such a row too.
         """
@@ -63,23 +67,27 @@ class DecodeGraphs:
         scored = first.request.sampling.prompt_logprobs is not None
         alone = len(batch.spans) == first.length == 1 and first.samples and not scored
         decodes = first.phase is Phase.DECODE  # phases are in order, and DECODE is the last
-        adapted = any(span.slot is not None for span in batch.spans)
-        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and (not adapted or self.grafts.in_body_only)
+        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and self._kinds(batch) is not None
 
     def run(self, batch: Batch, late: LateTokens | None = None) -> torch.Tensor:
         """(spans, vocab) logits, valid until the next run; to be called in inference mode."""
         size = self._size(len(batch.spans))
-        adapted = self._prepare(batch, size, late)
+        self._prepare(batch, size, late)
         if late is not None:
             self._late_tokens[: len(late.tokens)].copy_(late.tokens)
-        self._graphs[size, adapted].replay()
+        kinds = self._kinds(batch)
+        assert kinds is not None
+        self._graphs[size, kinds].replay()
         return self._logits[: len(batch.spans)]
+
+    def _kinds(self, batch: Batch) -> frozenset[SiteKind] | None:
+        return self.grafts.kinds({span.slot for span in batch.spans if span.slot is not None})
 
     def _size(self, num_rows: int) -> int:
         return self.sizes[bisect_left(self.sizes, num_rows)]
 
-    def _prepare(self, batch: Batch, size: int, late: LateTokens | None = None) -> bool:
-        """Fill the inputs for `size` rows, the batch's first, and plan attention; whether any row is adapted."""
+    def _prepare(self, batch: Batch, size: int, late: LateTokens | None = None) -> None:
+        """Fill the inputs for `size` rows, the batch's first, and plan attention."""
         spans, inputs, kv = batch.spans, self._inputs, self.attention.kv
         n, p = len(spans), kv.page_size
         inputs.wait()
@@ -103,15 +111,13 @@ class DecodeGraphs:
         inputs.kv_rows[:size] = inputs.pages[ends - 1].astype(np.int64) * p + inputs.last_page_len[:size] - 1
         # A decode row is its request's last position, so it is adapted if its span has a slot.
         row_slot = np.fromiter((NO_SLOT if s.slot is None else s.slot for s in spans), np.int32, n)
-        adapted = bool((row_slot != NO_SLOT).any())
-        if adapted:
+        if (row_slot != NO_SLOT).any():
             tiles = cut_tiles(row_slot, DECODE_ROWS)
             inputs.tiles[:, 2] = UNUSED
             inputs.tiles[: len(tiles)] = tiles
         inputs.send(num_pages + size - n)
         self._begin(size)
         inputs.mark()
-        return adapted
 
     def _begin(self, size: int) -> None:
         inputs, on_device = self._inputs, self._inputs.on_device
@@ -130,21 +136,22 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory. A first pass outside compiles and plans."""
+        """Largest first, so that the smaller ones fit into its memory. First passes outside compile and plan."""
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             num_tiles = max_tiles(size, self.grafts.bank.max_slots)
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
-            for adapted in (False, True):
-                self._inputs.tiles[:, 2] = UNUSED
-                self._prepare(Batch(), size)
-                self.grafts.begin_fixed(tiles if adapted else None, DECODE_ROWS)
-                self._forward(size)
+            self._inputs.tiles[:, 2] = UNUSED
+            self._prepare(Batch(), size)
+            for kinds in CAPTURED:
+                self.grafts.begin_fixed(tiles, DECODE_ROWS, kinds)
+                if not kinds or size == self.sizes[-1]:
+                    self._forward(size)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self._forward(size)
-                self._graphs[size, adapted] = graph
+                self._graphs[size, kinds] = graph
 
 
 class _Inputs:

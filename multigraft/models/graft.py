@@ -7,6 +7,7 @@ adapter operation, serves all of them. A module of the tree is replaced by a `Gr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Protocol
 
 import torch
@@ -35,13 +36,17 @@ class Grafts(Protocol):
     train: TrainContext
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place."""
+        """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place.
+
+        x may be y.
+        """
         ...
 
 
 @torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
-def _graft_op(y: torch.Tensor, x: torch.Tensor, handle: int, site: torch.Tensor) -> None:
-    handles.lookup(handle).add(int(site), y, x)
+def _graft_op(y: torch.Tensor, x: torch.Tensor | None, handle: int, site: torch.Tensor) -> None:
+    """x None: y itself, which a compiled graph takes once only, as it is changed."""
+    handles.lookup(handle).add(int(site), y, y if x is None else x)
 
 
 class GraftPoint:
@@ -62,22 +67,24 @@ class GraftPoint:
         self.add(y, x)
         return y
 
-    def residual(self, h: torch.Tensor) -> torch.Tensor | None:
-        """The residual stream after the adapters; None when h itself was changed."""
-        if self.grafts.train.active and self.grafts.train.residual:
+    def residual(self, h: torch.Tensor) -> torch.Tensor:
+        """The residual stream (..., hidden) after the adapters: h itself, changed, unless it is to have a gradient."""
+        train = self.grafts.train
+        if train.active and (train.residual or torch.compiler.is_compiling()):  # compiled once for all adapters
             return trained_residual(h.flatten(0, -2), self.handle, self.site_tensor).view_as(h)
-        # A compiled graph takes no input that is another view of what it changes.
-        self.add(h, h.clone() if torch.compiler.is_compiling() else h)
-        return None
+        self.add(h, h)
+        return h
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """As Grafts.add, with further dimensions before the last."""
         if not self.grafts.active:
             return
-        y, x = y.flatten(0, -2), (x.flatten(0, -2) if x.is_floating_point() else x.flatten())
+        rows = None if x is y else x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+        y = y.flatten(0, -2)
         if torch.compiler.is_compiling():
-            _graft_op(y, x, self.handle, self.site_tensor)
+            _graft_op(y, rows, self.handle, self.site_tensor)
         else:
-            self.grafts.add(self.site, y, x)
+            self.grafts.add(self.site, y, y if rows is None else rows)
 
 
 class SiblingLinears(nn.Module):
@@ -196,15 +203,17 @@ class GraftedEmbedding(nn.Module):
 
 def _graft_residual(layer: nn.Module, point: GraftPoint) -> None:
     """Let the adapters act on the layer's output, a tensor or a tuple that begins with it."""
+    object.__setattr__(layer, "graft_point", point)
+    layer.forward = MethodType(_forward_grafted, layer)
 
-    def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
-        hidden, *rest = output if isinstance(output, tuple) else (output,)
-        changed = point.residual(hidden)
-        if changed is None:
-            return None
-        return (changed, *rest) if isinstance(output, tuple) else changed
 
-    layer.register_forward_hook(hook)
+def _forward_grafted(layer: nn.Module, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Not a hook: those run outside of a compiled layer, where torch.compile goes on to look into what they call."""
+    output = type(layer).forward(layer, *args, **kwargs)
+    point: GraftPoint = layer.graft_point  # type: ignore[assignment]
+    if isinstance(output, tuple):
+        return point.residual(output[0]), *output[1:]
+    return point.residual(output)
 
 
 def _packs(weight: torch.Tensor) -> bool:

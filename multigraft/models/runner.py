@@ -11,6 +11,7 @@ from torch import nn
 
 from multigraft.core.batch import Batch, Span
 from multigraft.core.request import PENDING
+from multigraft.kvcache.transfer import upload
 from multigraft.models.attention import AttentionBackend
 from multigraft.models.cuda_graphs import DecodeGraphs
 from multigraft.models.segments import NO_SLOT, CpuGrafts, CudaGrafts
@@ -92,17 +93,17 @@ class Runner:
         head_rows = np.array(sampled + scored_rows, dtype=np.int64)
         self.attention.begin(batch)
         self.grafts.begin(row_slot, head_rows)
-        input_ids = torch.from_numpy(ids).to(self.device)
+        input_ids = upload(torch.from_numpy(ids), self.device)
         if late is not None:
             ends = np.cumsum([s.length for s in batch.spans]) - 1
             source = np.array([late.row(s) for s in batch.spans])
-            to, of = (torch.from_numpy(a[source >= 0]).to(self.device) for a in (ends, source))
+            to, of = (upload(torch.from_numpy(a[source >= 0]), self.device) for a in (ends, source))
             input_ids[to] = late.tokens[of].clamp(min=0)
         with riding or nullcontext():
             logits = self.model(
                 input_ids=input_ids[None],
-                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                position_ids=upload(torch.from_numpy(positions), self.device)[None],
                 use_cache=False,
-                logits_to_keep=torch.from_numpy(head_rows).to(self.device),
+                logits_to_keep=upload(torch.from_numpy(head_rows), self.device),
             ).logits[0]
         return StepOutput(logits=logits, num_sampled=len(sampled), scored=scored)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
-from multigraft.kernels.lora import segmented_lora_
 from multigraft.kernels.packed import WIDE_ROWS, Factors, Ownership, RankPack, add_equal_segments, add_segment
 from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 from multigraft.kernels.train import embedding_forward
+from multigraft.kvcache.transfer import upload
 from multigraft.models.train_rows import TrainContext
+
+if TYPE_CHECKING:
+    from multigraft.kernels.lora_triton import Work
 
 NO_SLOT = -1
 
@@ -146,6 +149,8 @@ class CudaGrafts:
 
     def __init__(self, sites: Sequence[Site], bank: Bank, head: str | None, max_rank: int):
         """head: module path of the output head, which sees the sampled rows only. max_rank: of any adapter."""
+        from multigraft.kernels import lora_triton  # here, as machines without a GPU may have no Triton
+
         self.sites = list(sites)
         self.bank = bank
         self.head_sites = {s.index for s in sites if head in s.members}
@@ -154,81 +159,92 @@ class CudaGrafts:
         self.active = False
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
+        self._fixed: frozenset[SiteKind] | None = None
+        self._kinds: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
+        self._kernels = lora_triton
 
-    @property
-    def in_body_only(self) -> bool:
-        """Whether every adapter on the device acts on the decoder's linears alone: nothing else is captured."""
-        captured = (s.index for s in self.sites if s.kind is SiteKind.LINEAR and s.index not in self.head_sites)
-        return not any(self.bank.entries(site) for site in {s.index for s in self.sites}.difference(captured))
+    def kinds(self, slots: Iterable[int]) -> frozenset[SiteKind] | None:
+        """The kinds of sites, inside the decoder layers, where the slots' adapters act; None when one of them acts
+        outside, on the embedding or the output head."""
+        found: frozenset[SiteKind] = frozenset()
+        for slot in slots:
+            generation, kinds = self._kinds.get(slot, (-1, None))
+            if generation != self.bank.generation(slot):
+                where = self.bank.sites_of(slot)
+                outside = any(i in self.head_sites or self.sites[i].kind is SiteKind.EMBEDDING for i in where)
+                kinds = None if outside else frozenset(self.sites[i].kind for i in where)
+                self._kinds[slot] = self.bank.generation(slot), kinds
+            if kinds is None:
+                return None
+            found |= kinds
+        return found
 
     def warm_up(self) -> None:
         """Compile the kernels of the decoder layers for either tile size, so that no request waits for it."""
         bank = self.bank
         tiles = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
-        body = [s for s in self.sites if s.kind is SiteKind.LINEAR and s.index not in self.head_sites]
+        body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
         for site in {(s.in_features, s.out_features): s for s in body}.values():
             x = bank.arena.new_zeros(2, site.in_features)
             y = bank.arena.new_zeros(2, sum(site.out_features))
             for block_m in (DECODE_ROWS, PREFILL_ROWS):
-                self._launch(site, y, x, _Tiles(tiles, block_m))
+                work = self._work(site, _Tiles(tiles, block_m, []))
+                self._kernels.forward(y, x, bank.arena, work, site.out_features)
 
-    def begin_fixed(self, tiles: torch.Tensor | None, block_m: int) -> None:
-        """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device; None: of one without adapters.
+    def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
+        """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.
 
-        Every linear of the body gets its kernels, whatever acts there now.
+        Every site of these kinds in the decoder layers gets its kernels, whatever acts there now, and no other site.
         """
-        self.active = tiles is not None
-        self._body = _Tiles(tiles, block_m) if tiles is not None else None
-        self._head = None
+        self.active = bool(kinds)
+        self._body, self._head = _Tiles(tiles, block_m, []), None
+        self._fixed = kinds
 
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
         """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
         self.active = bool((row_slot != NO_SLOT).any())
+        self._fixed = None
         if self.active:
             self._body = _Tiles.of(row_slot, self.bank.device)
             self._head = _Tiles.of(row_slot[head_rows], self.bank.device)
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-        tiles = self._head if site in self.head_sites else self._body
-        where, bank = self.sites[site], self.bank
-        if tiles is None or (tiles.segments is None and where.kind is not SiteKind.LINEAR):
+        tiles, where = self._tiles(site), self.sites[site]
+        if tiles is None:
             return
         if where.kind is SiteKind.EMBEDDING:
-            add_embedding(bank, site, y, x, tiles.segments)
-        elif where.kind is SiteKind.RESIDUAL:
-            add_residual(bank, site, y, tiles.segments)
-        elif tiles.segments is None or (tiles.segments and bank.entries(site)):
-            self._launch(where, y, x, tiles)
+            add_embedding(self.bank, site, y, x, tiles.segments)
+        else:
+            self._kernels.forward(y, x, self.bank.arena, self._work(where, tiles), where.out_features)
 
-    def _launch(self, site: Site, y: torch.Tensor, x: torch.Tensor, tiles: _Tiles) -> None:
+    def _tiles(self, site: int) -> _Tiles | None:
+        """Those of the rows that reach the site; None when no adapter acts on them there."""
+        acts = self.bank.entries(site) if self._fixed is None else self.sites[site].kind in self._fixed
+        return (self._head if site in self.head_sites else self._body) if acts else None
+
+    def _work(self, site: Site, tiles: _Tiles) -> Work:
         bank, members = self.bank, len(site.members)
-        segmented_lora_(
-            y,
-            x,
-            bank.arena,
-            bank.table[site.index, :, :members],
-            bank.scales[site.index, :, :members],
-            tiles.table,
-            site.out_features,
-            tiles.block_m,
-            self.max_rank,
-        )
+        table, scales = bank.table[site.index, :, :members], bank.scales[site.index, :, :members]
+        return self._kernels.Work(table, scales, tiles.table, tiles.block_m, self.max_rank)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
     table: torch.Tensor
     block_m: int
-    segments: list[tuple[int, int, int]] | None = None
-    """None: known on the device only."""
+    segments: list[tuple[int, int, int]]
+    """What the table was cut from, as of cut_segments."""
 
     @classmethod
-    def of(cls, row_slot: np.ndarray, device: torch.device) -> _Tiles:
+    def of(cls, row_slot: np.ndarray, device: torch.device) -> _Tiles | None:
+        """None when no row has a slot."""
         segments = cut_segments(row_slot)
+        if not segments:
+            return None
         bounds = torch.tensor([s[:2] for s in segments], dtype=torch.int32).view(-1, 2)
         slots = torch.tensor([s[2] for s in segments], dtype=torch.int32)
-        block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), max(1, len(segments)))
-        table = build_tiles(bounds, slots, block_m).pin_memory().to(device, non_blocking=True)
+        block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), len(segments))
+        table = upload(build_tiles(bounds, slots, block_m), device)
         return cls(table, block_m, segments)
 
 
@@ -238,14 +254,6 @@ def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(row_slot)]
     runs = [(int(a), int(b), int(row_slot[a])) for a, b in zip(starts, stops, strict=True) if a < b]
     return [run for run in runs if run[2] != NO_SLOT]
-
-
-def add_residual(slots: Slots, site: int, h: torch.Tensor, segments: list[tuple[int, int, int]]) -> None:
-    """ReFT, segment by segment; a kernel for it would take the tiles as segmented_lora_ does."""
-    for start, stop, slot in segments:
-        f = slots.factors(site, slot)
-        if f is not None:
-            add_segment(h[start:stop], h[start:stop], f)
 
 
 def _equal_runs(segments: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:

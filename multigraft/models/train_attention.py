@@ -82,7 +82,9 @@ def trained_attention(
         rows.log_sum_exps[int(layer)] = lse
     if len(q) == n:
         return out
-    return torch.cat([out, backend.attend(int(layer), q[n:], k[n:], v[n:], scaling, window, None)])
+    with torch.inference_mode():  # as the backend's own buffers were made
+        served = backend.attend(int(layer), q[n:], k[n:], v[n:], scaling, window, None)
+    return torch.cat([out, served])
 
 
 @trained_attention.register_fake

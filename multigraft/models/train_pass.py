@@ -21,7 +21,7 @@ from multigraft.adapters.site import SiteKind
 from multigraft.core.region import Ranges
 from multigraft.models.graft import Grafts
 from multigraft.models.train_rows import Stretch, TrainRows
-from multigraft.training.microbatch import Microbatch, PassResult
+from multigraft.training.microbatch import Microbatch, PassResult, Sample
 
 HEAD_ROWS = 1024
 """Rows that the output head takes at a time: bounds the logits kept, never all of a microbatch."""
@@ -56,6 +56,24 @@ class TrainModel:
             yield
         finally:
             self.grafts.active = active
+
+    def warm_up(self) -> None:
+        """Compile what passes run, whatever their adapters will be, so that no request waits for it."""
+        sample = Sample(tokens=(0,) * 48, weights=(0.0,) * 47 + (1.0,), prompt_len=1)
+        for keep, num in ((True, 1), (True, 2), (False, 2)):  # two sizes, so that neither is taken for a constant
+            microbatch = Microbatch(
+                job_id="", samples=(sample,) * num, adapter=None, objective=_WarmUpLoss(), grad=True
+            )
+            warm = TrainPass(self, [microbatch], keep=keep)
+            warm.forward(warm.num_layers)
+            warm.backward(warm.num_layers + 1)
+
+
+class _WarmUpLoss:
+    two_pass = False
+
+    def __call__(self, logps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return torch.cat(list(logps)).sum(), [torch.ones_like(p) for p in logps]
 
 
 class TrainPass:

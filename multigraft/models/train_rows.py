@@ -170,7 +170,8 @@ def trained_linear(x: torch.Tensor, out: int, handle: int, site: torch.Tensor) -
     y = context.linears[index].base(x)
     rows.add(context.sites[index], y[: rows.num], x[: rows.num])
     if grafts.active and len(x) > rows.num:
-        grafts.add(index, y[rows.num :], x[rows.num :])
+        with torch.inference_mode():
+            grafts.add(index, y[rows.num :], x[rows.num :])
     return y
 
 
@@ -198,7 +199,8 @@ def trained_residual(h: torch.Tensor, handle: int, site: torch.Tensor) -> torch.
     y = h.clone()
     rows.add(grafts.train.sites[index], y[: rows.num], h[: rows.num])
     if grafts.active and len(h) > rows.num:
-        grafts.add(index, y[rows.num :], y[rows.num :])
+        with torch.inference_mode():
+            grafts.add(index, y[rows.num :], y[rows.num :])
     return y
 
 

@@ -6,6 +6,7 @@ import enum
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 
@@ -108,7 +109,7 @@ class TrainingJob:
         """Tokens of the samples in those steps."""
         self._data = {Stage.TRAIN: train} | ({} if validation is None else {Stage.VALIDATE: validation})
         self._lengths = {stage: data.lengths() for stage, data in self._data.items()}
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._check_lengths()
         self._digests = {stage.value: data.digest() for stage, data in self._data.items()}
         self._order = Order(len(train), spec.hyperparameters.batch_size, spec.seed)
@@ -128,10 +129,10 @@ class TrainingJob:
 
     def _check_lengths(self) -> None:
         longest = max(int(lengths.max()) for lengths in self._lengths.values())
-        if longest > self._max_tokens:
+        if longest > self.max_tokens:
             what = "pair" if self.spec.kind == "dpo" else "sample"
             raise CapacityExceeded(
-                f"The longest {what} has {longest} tokens, but a training pass has room for {self._max_tokens}; "
+                f"The longest {what} has {longest} tokens, but a training pass has room for {self.max_tokens}; "
                 "a smaller max_length leaves such samples out."
             )
 
@@ -163,7 +164,7 @@ class TrainingJob:
         part, expected = self._flight.popleft()
         assert microbatch is expected, "results must come in the order of next()"
         if part.reference:
-            self._reference[self.stage][self._index(part)] = sequence_sums(result.logps).view(-1, 2)
+            self._reference[self.stage][self._index(part.examples)] = sequence_sums(result.logps).view(-1, 2)
             return []
         totals = self._totals
         totals.losses.append(result.loss)
@@ -189,26 +190,30 @@ class TrainingJob:
         examples = self._order.examples(self.step) if training else list(range(len(self._data[self.stage])))
         self._total = len(examples) if self.spec.kind == "dpo" else self._data[self.stage].weight(examples)
         lengths = self._lengths[self.stage]
-        bins = pack(examples, lengths, self._max_tokens) if h.packing else [[example] for example in examples]
+        bins = pack(examples, lengths, self.max_tokens) if h.packing else [[example] for example in examples]
+        unknown = self._unknown(examples)
         parts = []
         for i, bin in enumerate(bins):
-            reference = _Part(bin, reference=True)
-            if self.spec.kind == "dpo" and self._known(reference).isnan().any():
-                parts.append(reference)
+            if not unknown.isdisjoint(bin):
+                parts.append(_Part(bin, reference=True))
             parts.append(_Part(bin, seed=dropout_seed(seed, self.step, i)))
         return parts
 
     def _objective(self, part: _Part, samples: tuple[Sample, ...]) -> Supervised | Dpo:
         if self.spec.kind != "dpo" or part.reference:  # of a reference the log-probabilities alone are used
             return Supervised(samples, self._total)
-        return Dpo(self._known(part), self.spec.hyperparameters.beta, self._total)
+        known = self._reference[self.stage][self._index(part.examples)]
+        return Dpo(known, self.spec.hyperparameters.beta, self._total)
 
-    def _known(self, part: _Part) -> torch.Tensor:
-        """(pairs, 2) of what dpo compares with."""
-        return self._reference[self.stage][self._index(part)]
+    def _unknown(self, examples: list[int]) -> set[int]:
+        """Those that dpo has not asked the base model about yet."""
+        if self.spec.kind != "dpo":
+            return set()
+        known = self._reference[self.stage][self._index(examples)]
+        return set(compress(examples, known[:, 0].isnan().tolist()))
 
-    def _index(self, part: _Part) -> torch.Tensor:
-        return to_device(part.examples, torch.int64, self.adapter.parameters.device)
+    def _index(self, examples: list[int]) -> torch.Tensor:
+        return to_device(examples, torch.int64, self.adapter.parameters.device)
 
     # What ends -----------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,6 @@ class Optimizer:
         """moments: as `moments` gave them after num_done steps."""
         self._adamw.state.clear()
         if moments:
-            step = torch.tensor(float(num_done), device=self._parameters.device if self._parameters.is_cuda else "cpu")
-            own = {name: m.to(self._parameters.device, copy=True) for name, m in moments.items()}
-            self._adamw.state[self._parameters] = {"step": step, **own}
+            device = self._parameters.device
+            own = {name: moment.to(device, copy=True) for name, moment in moments.items()}
+            self._adamw.state[self._parameters] = {"step": torch.tensor(float(num_done), device=device), **own}

@@ -183,7 +183,7 @@ class Hyperparameters:
     eval_interval: Annotated[int | Auto, _or("auto", _integer(1, 1_000_000))] = "auto"
     """Optimizer steps between validations; auto: a tenth of the job. There is one at the end in any case."""
     early_stopping_patience: Annotated[int | None, _or(None, _integer(1, 1000))] = None
-    """End the job after this many validations in a row without a lower loss; null: never."""
+    """End the job after this many validations in a row without a lower loss; null: never. The last adapter is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,10 @@ class JobSpec:
         return dataclasses.asdict(self)
 
     def limit_length(self, longest: int) -> JobSpec:
-        """With max_length a number. longest: tokens of a sample that the model and the memory plan can take."""
+        """With max_length a number. longest: tokens of a sample that the model, and a training pass, have room for.
+
+        The two samples of a dpo pair share a pass.
+        """
         wanted = self.hyperparameters.max_length
         if wanted != "auto" and wanted > longest:
             raise InvalidRequest(
@@ -293,6 +296,6 @@ def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
 def _read(name: str, kind: Kind, value: Any) -> Any:
     try:
         return kind.read(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of an integer beyond any float
         why = f" {value} changes the base weights, which all adapters share." if value in BASE_CHANGING else ""
         raise InvalidRequest(f"{name} is {value!r}; it must be {kind.want}.{why}", param=name) from None

@@ -47,9 +47,11 @@ class JobState:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as e:
             raise JobFailed(f"The checkpoint {path.name} cannot be read: {e}.") from e
-        names = {key.split("/")[0] for key in tensors if "/" in key}
-        flats = {name: torch.zeros(design.plan.numel) for name in names}
+        flats = {name: torch.zeros(design.plan.numel) for name in {key.split("/")[0] for key in tensors if "/" in key}}
         for name, flat in flats.items():
             for key, view in design.views(flat).items():
-                view.copy_(tensors.pop(f"{name}/{key}"))
+                tensor = tensors.pop(f"{name}/{key}", None)
+                if tensor is None or tensor.shape != view.shape:
+                    raise JobFailed(f"The checkpoint {path.name} is of another adapter: `{key}` does not fit.")
+                view.copy_(tensor)
         return cls(design=design, flats=flats, others=tensors, facts=json.loads(metadata["facts"]))

@@ -9,6 +9,7 @@ from multigraft.adapters.bank import Bank
 from multigraft.adapters.plan import ALIGN, MemberFactors, lay_out, pack
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.errors import CapacityExceeded
+from multigraft.kernels.lora import NO_OFFSET
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SITES = [
@@ -51,8 +52,8 @@ def check_content(bank: Bank, slot: int, tensors: Tensors) -> None:
             rank = 0 if a is None else a.shape[0]
             assert factors.ranks[m] == rank and factors.scales[m] == scale
             assert factors.b[m].shape == (rank, site.out_features[m])
-            a_at, b_at, table_rank = table[site.index, slot, m].tolist()
-            assert table_rank == rank and scales[site.index, slot, m].item() == scale
+            a_at, b_at, table_rank, c_at = table[site.index, slot, m].tolist()
+            assert table_rank == rank and c_at == NO_OFFSET and scales[site.index, slot, m].item() == scale
             if rank:
                 assert torch.equal(factors.a[row : row + rank].cpu(), a) and torch.equal(factors.b[m].cpu(), b.T)
                 assert torch.equal(arena[a_at : a_at + a.numel()].view_as(a), a)
@@ -183,6 +184,29 @@ def test_factors_are_views_of_the_arena():
     assert bank.factors(3, 0) is factors
     bank.arena.fill_(2.5)
     assert (factors.a == 2.5).all() and all((b == 2.5).all() for b in factors.b)
+
+
+def test_table_has_the_place_of_c():
+    """Of ReFT's bias, and for siblings the member's own part of what they have stacked."""
+    sites = [Site(0, SiteKind.RESIDUAL, ("layer",), 16, (16,)), Site(1, SiteKind.LINEAR, ("p", "q"), 16, (8, 24))]
+    widths = {"layer": 16, "p": 8, "q": 24}
+    ranks = {"layer": 3, "p": 2, "q": 5}
+    g = torch.Generator().manual_seed(0)
+    files, modules = {}, {}
+    for path, rank in ranks.items():
+        modules[path] = MemberFactors(f"{path}.a", f"{path}.b", rank, 1.0, c=f"{path}.c")
+        for name, shape in (("a", (rank, 16)), ("b", (widths[path], rank)), ("c", (rank,))):
+            files[f"{path}.{name}"] = torch.randn(shape, generator=g)
+    packed = pack(lay_out(sites, modules), files.__getitem__, torch.float32)
+    bank = Bank(sites, max_slots=2, capacity_bytes=2 * packed.nbytes, dtype=torch.float32)
+    bank.load(1, packed)
+    bank.load(0, packed)
+    for site in sites:
+        for slot in (0, 1):
+            for m, path in enumerate(site.members):
+                c = int(bank.table[site.index, slot, m, 3])
+                assert torch.equal(bank.arena[c : c + ranks[path]], files[f"{path}.c"])
+    bank.check_integrity()
 
 
 def test_check_integrity_notices_damage():

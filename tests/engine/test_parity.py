@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 
 from multigraft import Engine, SamplingParams
 from tests.engine.peft_cases import CASES, reference_tokens, write_adapter
-from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
+from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
 
-DEVICE = os.environ.get("MULTIGRAFT_TEST_DEVICE", "cpu")
 NUM_TOKENS = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 NAMES: list[str | None] = [None, *(case.name for case in CASES)]

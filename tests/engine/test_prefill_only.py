@@ -19,7 +19,7 @@ from multigraft.kernels import packed
 from multigraft.models import segments
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
-from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
+from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
 
 NUM_TOKENS = 10
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -46,7 +46,7 @@ class World:
 
     def engine(self, scope: str = "prefill", **settings: Any) -> Engine:
         defaults = {
-            "device": "cpu",
+            "device": DEVICE,
             "max_loras": 4,
             "kv_cache_gib": 0.01,
             "adapter_memory_gib": 0.02,
@@ -147,14 +147,16 @@ def test_rule_3_64_users_of_64_adapters_decode_together_over_4_slots(llama: Worl
     rng = random.Random(7)
     prompts = [prompt_of(rng, rng.randint(3, 12)) for _ in adapters]
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-    with Engine(str(llama.checkpoint), device="cpu", max_loras=4, kv_cache_gib=0.05, adapter_memory_gib=0.01) as engine:
+    with Engine(
+        str(llama.checkpoint), device=DEVICE, max_loras=4, kv_cache_gib=0.05, adapter_memory_gib=0.01
+    ) as engine:
         for name, path in adapters.items():
             engine.load_adapter(name, str(path), scope="prefill")
         parts = engine._engine.parts
         together = []
         run = parts.runner.execute
 
-        def execute(batch: Batch, late=None):
+        def execute(batch: Batch, late=None, riding=None):
             if all(span.phase is Phase.DECODE for span in batch.spans):
                 together.append(len(batch.spans))
                 assert all(span.slot is None and span.request.slot is None for span in batch.spans)
@@ -180,7 +182,7 @@ def test_rule_3_pinned_again_after_preemption(llama: World, jobs, expected) -> N
         parts = engine._engine.parts
         run = parts.runner.execute
 
-        def execute(batch: Batch, late=None):
+        def execute(batch: Batch, late=None, riding=None):
             nonlocal pinned_again
             for span in batch.spans:
                 pinned_again += span.slot is not None and span.request.num_preemptions > 0
@@ -240,7 +242,7 @@ def test_rule_6_pure_decode_calls_no_adapter_code(llama: World, jobs, monkeypatc
         parts = engine._engine.parts
         run = parts.runner.execute
 
-        def execute(batch: Batch, late=None):
+        def execute(batch: Batch, late=None, riding=None):
             before, pure = calls, all(span.phase is Phase.DECODE for span in batch.spans)
             try:
                 return run(batch, late)

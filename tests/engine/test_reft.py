@@ -18,7 +18,7 @@ from multigraft.core.errors import AdapterError
 from tests.engine.masked_reference import Reference
 from tests.engine.reft_cases import METHODS, write_reft
 from tests.engine.test_prefill_only import NUM_TOKENS, PAGE, answers, pool_of, prompt_of
-from tests.tiny import ARCHITECTURES, build_checkpoint
+from tests.tiny import ARCHITECTURES, DEVICE, build_checkpoint
 
 POSITIONS = ("all", "f1+l1", "f3+l2", "f7+l7", "f4", "l3")
 
@@ -44,7 +44,7 @@ class World:
 
     def engine(self, scope: str, **settings: Any) -> Engine:
         defaults = {
-            "device": "cpu",
+            "device": DEVICE,
             "max_loras": 6,
             "kv_cache_gib": 0.01,
             "adapter_memory_gib": 0.02,
@@ -106,7 +106,7 @@ def test_a_slot_is_held_for_prompt_ends_only_while_they_are_to_come(llama: World
         parts = engine._engine.parts
         run = parts.runner.execute
 
-        def execute(batch, late=None):
+        def execute(batch, late=None, riding=None):
             held.extend((span.start, span.slot is not None, span.request.slot is not None) for span in batch.spans)
             return run(batch, late)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from multigraft.kernels.lora import ALIGN
+from multigraft.kernels.lora import ALIGN, NO_OFFSET
 from multigraft.kernels.tiles import build_tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,8 +20,8 @@ DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 collect_ignore = [] if INTERPRETED or DEVICE == "cuda" else ["test_lora_triton.py", "test_draw_triton.py"]
 
-Factor = tuple[torch.Tensor, torch.Tensor, float]
-"""A (rank, in) and B (rank, out) in float64, scale."""
+Factor = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+"""A (rank, in), B (rank, out) and c (rank,) in float64, scale."""
 
 
 @dataclass
@@ -57,8 +57,8 @@ class LoraCase:
         delta = torch.zeros(self.y.shape, dtype=torch.float64)
         for rows, _, cols, factor in self.blocks():
             if factor is not None:
-                a, b, scale = factor
-                delta[rows, cols] = scale * (self.x[rows].double().cpu() @ a.T @ b)
+                a, b, c, scale = factor
+                delta[rows, cols] = scale * ((self.x[rows].double().cpu() @ a.T + c) @ b)
         return delta
 
     def check_rows(self, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -83,10 +83,11 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     num_rows: int | None = None,
     device: str = "cpu",
+    with_c: bool = True,
 ) -> LoraCase:
     """Random values; whatever must not be read (rows of x in gaps, the arena between factors) is NaN or absurd.
 
-    ranks: by slot and member. num_rows: default two rows past the last segment.
+    ranks: by slot and member. num_rows: default two rows past the last segment. with_c: slots 0, 2, … have a c.
     """
     num_rows = num_rows or max((stop for _, stop, _ in segments), default=0) + 2
     chunks, size, table, scales, factors = [], 0, [], [], []
@@ -100,14 +101,17 @@ def make_case(
         return start
 
     put(torch.full((5,), torch.nan))
-    for slot_ranks in ranks:
+    for slot, slot_ranks in enumerate(ranks):
         a_all = (torch.randn(sum(slot_ranks), in_features) / in_features**0.5).to(dtype).double()
+        has_c = with_c and slot % 2 == 0
+        c_all = torch.randn(len(a_all)).to(dtype).double() if has_c else torch.zeros(len(a_all)).double()
         a_start, entry, scale, row = put(a_all), [], [], []
-        for a, out in zip(a_all.split(slot_ranks), out_features, strict=True):
-            b = torch.randn(len(a), out).to(dtype).double()
-            entry.append([a_start, put(b), len(a)])
+        c_start = put(c_all) if has_c else NO_OFFSET
+        for m, (a, c) in enumerate(zip(a_all.split(slot_ranks), c_all.split(slot_ranks), strict=True)):
+            b = torch.randn(len(a), out_features[m]).to(dtype).double()
+            entry.append([a_start, put(b), len(a), c_start if m == 0 else -(10**9)])
             scale.append(float(torch.rand(1) + 0.5))
-            row.append((a, b, scale[-1]) if len(a) else None)
+            row.append((a, b, c, scale[-1]) if len(a) else None)
             a_start += a.numel()
         table.append(entry)
         scales.append(scale)
@@ -116,7 +120,7 @@ def make_case(
         x=torch.randn(num_rows, in_features).to(dtype),
         y=torch.randn(num_rows, sum(out_features)).to(dtype),
         arena=torch.cat([*chunks, torch.full((9,), torch.nan)]).to(dtype),
-        table=torch.tensor([[*entry, [-(10**9)] * 3] for entry in table]),
+        table=torch.tensor([[*entry, [-(10**9)] * 4] for entry in table]),
         scales=torch.tensor([[*row, torch.nan] for row in scales]),
         segments=segments,
         out_features=out_features,

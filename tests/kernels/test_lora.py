@@ -16,7 +16,7 @@ from multigraft.kernels.lora_reference import embedding_lora_
 from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, build_tiles, choose_block_m
 
 
-def arguments(case, block_m=16):
+def arguments(case, block_m=DECODE_ROWS):
     return case.table, case.scales, case.tiles(block_m), case.out_features, block_m, case.max_rank
 
 
@@ -86,7 +86,7 @@ def test_ops_under_torch_compile(lora_case):
 
 
 def test_embedding(lora_case):
-    case = lora_case([[3], [0], [7]], [(1, 4, 2), (4, 5, 1), (5, 6, 0)], 50, [12])
+    case = lora_case([[3], [0], [7]], [(1, 4, 2), (4, 5, 1), (5, 6, 0)], 50, [12], with_c=False)
     ids = torch.randint(50, (len(case.x),))
     before = case.y.clone()
     embedding_lora_(case.y, ids, case.arena, case.table, case.scales, case.tiles(2), num_embeddings=50)
@@ -105,7 +105,7 @@ def test_gpu_ops_agree_with_the_cpus(mixed_case):
     results = []
     for device in ("cuda", "cpu"):
         x, arena = (t.detach().to(device).requires_grad_() for t in (case.x, case.arena))
-        table, scales, tiles, *rest = arguments(case)
+        table, scales, tiles, *rest = arguments(case, PREFILL_ROWS)  # gradients have these alone
         delta = segmented_lora(x, arena, table.to(device), scales.to(device), tiles.to(device), *rest)
         results.append([t.cpu() for t in (delta.detach(), *torch.autograd.grad(delta, (x, arena), g.to(device)))])
     for actual, expected in zip(*results, strict=True):
@@ -126,7 +126,7 @@ def test_captured_launch_serves_other_tiles(mixed_case):
         segmented_lora_(y, *args)
     case.segments = [(5, 9, 3), (30, 47, 2)]
     tiles.fill_(-1)
-    other = case.tiles(16, spare=0)
+    other = case.tiles(DECODE_ROWS, spare=0)
     tiles[: len(other)] = other
     y.copy_(case.y)
     graph.replay()

@@ -57,6 +57,18 @@ def test_strided_rows(lora_case, device):
     assert wide_y[:, :10].isnan().all() and wide_y[:, 42:].isnan().all()
 
 
+@pytest.mark.parametrize("block_m", [4, 64])
+def test_input_may_be_the_output(lora_case, block_m, device):
+    """ReFT: the residual stream is both."""
+    ranks = [[4], [1], [0], [40]]
+    case = lora_case(ranks, [(0, 3, 2), (3, 70, 0), (70, 71, 1), (72, 90, 3)], 1040, [1040], device=device)
+    case.y = case.x
+    expected = case.x.double().cpu() + case.delta()
+    forward(case, case.y, block_m)
+    case.check_rows(case.y, expected, 2e-6)
+    assert case.y[case.gap_rows()].isnan().all()
+
+
 def test_results_are_bits_of_the_request_alone(mixed_case):
     """Neither a second run nor the rest of the batch changes a bit."""
     case = mixed_case(in_features=1100)
@@ -84,7 +96,7 @@ def test_backward(mixed_case, dtype, block_m):
         error = (d_x[first:stop].cpu().double() - ref_x[first:stop]).norm()
         assert error <= TOLERANCE[dtype] * ref_x[first:stop].norm()
     assert not d_arena.cpu()[ref_arena == 0].any()
-    for (a, _, _), (_, b, _) in zip(case.table[:, 0].tolist(), case.table[:, -1].tolist(), strict=True):
+    for (a, *_), (_, b, *_) in zip(case.table[:, 0].tolist(), case.table[:, -1].tolist(), strict=True):
         actual, expected = d_arena[a:b].cpu().double(), ref_arena[a:b]  # one slot's A and most of its B
         assert (actual - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert (d_arena.cpu().double() - ref_arena).norm() <= TOLERANCE[dtype] * ref_arena.norm()

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from multigraft import Engine, SamplingParams
+from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch
 from multigraft.kernels.tiles import max_tiles
-from multigraft.models.cuda_graphs import padded_sizes
+from multigraft.models.cuda_graphs import CAPTURED, padded_sizes
 from multigraft.models.runner import LateTokens
 from tests.engine.peft_cases import CASES, write_adapter
+from tests.engine.reft_cases import METHODS, write_reft
 from tests.tiny import VOCAB, build_checkpoint
 
 on_gpu = pytest.mark.skipif(
@@ -45,7 +47,7 @@ class Checked:
         self.runner.execute = self
         self.errors: list[float] = []
         self.plain_errors: list[float] = []
-        self.kinds: set[tuple[int, bool]] = set()
+        self.kinds: set[tuple[int, frozenset[SiteKind]]] = set()
 
     def __call__(self, batch: Batch, late: LateTokens | None = None):
         graphs = self.runner.graphs
@@ -60,7 +62,8 @@ class Checked:
         assert output.num_sampled == len(batch.spans) and output.logits.shape == plain.shape
         for expected, errors in ((compiled, self.errors), (plain, self.plain_errors)):
             errors += ((output.logits - expected).float().norm(dim=1) / expected.float().norm(dim=1)).tolist()
-        self.kinds.add((len(batch.spans), any(s.slot is not None for s in batch.spans)))
+        slots = {s.slot for s in batch.spans if s.slot is not None}
+        self.kinds.add((len(batch.spans), self.runner.grafts.kinds(slots)))
         return output
 
 
@@ -73,6 +76,11 @@ def test_graphs_equal_plain_modules(tmp_path: Path):
     adapters = {c.name: write_adapter(checkpoint, tmp_path / c.name, c, seed=i) for i, c in enumerate(cases)}
     ends = next(c for c in CASES if c.name == "ends")
     adapters["ends"] = write_adapter(checkpoint, tmp_path / "ends", ends, seed=9)
+    for i, method in enumerate(METHODS):
+        layers, positions = [[0, 1, 2], [1]][i % 2], ["all", "f2+l3"][i // 2]
+        adapters[method] = write_reft(
+            tmp_path / method, method, hidden=256, layers=layers, rank=3 + i, seed=i, positions=positions
+        )
     with Engine(
         str(checkpoint),
         dtype="bfloat16",
@@ -89,11 +97,13 @@ def test_graphs_equal_plain_modules(tmp_path: Path):
         rng = torch.Generator().manual_seed(0)
         prompts = [torch.randint(3, VOCAB, (3 + 5 * i % 37,), generator=rng).tolist() for i in range(45)]
         sampling = [SamplingParams(temperature=0.0, max_tokens=4 + i % 23, ignore_eos=True) for i in range(45)]
-        mixed = [(None, *(c.name for c in cases))[i % (1 + len(cases))] for i in range(45)]
-        for names in ([None] * 45, mixed, [cases[1].name] * 45):
+        names = [None, *adapters]
+        names.remove("ends")
+        mixed = [names[i % len(names)] for i in range(45)]
+        for names in ([None] * 45, mixed, [cases[1].name] * 45, ["loreft", "direft"] * 22 + [None]):
             results = engine.generate(prompts, sampling, names)
             assert all(r.error is None for r in results)
-        assert len(checked.kinds) > 20 and {a for _, a in checked.kinds} == {True, False}
+        assert len(checked.kinds) > 20 and {kinds for _, kinds in checked.kinds} == set(CAPTURED)
         assert median(checked.errors) < MEDIAN and max(checked.errors) < MOST, max(checked.errors)
         assert median(checked.plain_errors) < 0.05 and max(checked.plain_errors) < 2 * MOST, max(checked.plain_errors)
         before = len(checked.errors)

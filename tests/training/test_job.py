@@ -109,6 +109,22 @@ def test_microbatches_may_be_taken_ahead_of_their_results() -> None:
     assert events == expected
 
 
+def test_dropout_differs_between_microbatches_and_repeats_with_them() -> None:
+    def seeds(job: TrainingJob) -> list[int]:
+        taken = []
+        while (microbatch := job.next()) is not None:
+            taken.append(microbatch.seed)
+        return taken
+
+    world, data = World(), random_dataset(12)
+    job, later = (world.job(data, batch_size=6, n_epochs=1, packing=False) for _ in range(2))
+    first = seeds(job)
+    job.rewind()
+    assert seeds(job) == first and len(set(first)) == len(first) == 6
+    drive(later, ReferenceExecutor(world.model, world.sites), num_steps=1)
+    assert not set(seeds(later)) & set(first)
+
+
 def test_another_job_s_state_is_refused(tmp_path: Path) -> None:
     world = World()
     job = make_job(world, "supervised", "lora")
@@ -118,6 +134,9 @@ def test_another_job_s_state_is_refused(tmp_path: Path) -> None:
     same_spec = world.job(random_dataset(7), n_epochs=2)
     with pytest.raises(JobFailed, match="other data"):
         same_spec.restore(other_data.state())
+    job.state().save(tmp_path / "state")
+    with pytest.raises(JobFailed, match="of another adapter: `base_model"):
+        JobState.load(tmp_path / "state", make_job(world, "supervised", "loreft").adapter.design)
     (tmp_path / "cut").write_bytes(b"\x00" * 20)
     with pytest.raises(JobFailed, match="cannot be read"):
         JobState.load(tmp_path / "cut", job.adapter.design)

@@ -45,6 +45,8 @@ def test_both_mappings_are_one_namespace() -> None:
         ({"alpha": -1}, "alpha is -1; it must be a number above 0 to 1e.06, or 'auto'"),
         ({"dropout": 1}, "dropout is 1; it must be a number from 0 to 0.95"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": 10**400}, "learning_rate is 1000"),
+        ({"scope": ["all"]}, r"scope is \['all'\]"),
         ({"target_modules": "("}, r"target_modules is '\('; it must be 'all-linear', a list"),
         ({"target_modules": []}, r"target_modules is \[\]"),
         ({"layers": [-1]}, r"layers is \[-1\]; it must be a list of layer numbers, or null"),

@@ -4,8 +4,10 @@ them, in the same order. Tokens, KV and adapters are real on the one side and ab
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from tests.tiny import build_checkpoint
 TICK = 2.0**-20
 """Times are multiples of it, so that their sums are exact."""
 RANKS = (4, 8, 16, 4, 8, 16, 4, 8)
+NAMES = tuple(f"a{i}" for i in range(len(RANKS)))
 
 
 def decisions(batch: Batch) -> tuple[object, ...]:
@@ -122,17 +125,15 @@ class Recorded:
         return seconds
 
 
-def a_workload(num: int, seed: int, gap: float, longest: int) -> Workload:
+def a_workload(num: int, seed: int, gap: float, longest: int, names: Sequence[str] = NAMES) -> Workload:
     """Bursts and lulls, skewed adapters, both scopes, some prompts with a prefix in common."""
     rng = random.Random(seed)
-    adapters = [
-        Adapter(name=f"a{i}", rank=rank, scope=Scope.PREFILL if i % 3 == 2 else Scope.ALL)
-        for i, rank in enumerate(RANKS)
-    ]
+    adapters = [Adapter(name=name, scope=Scope.PREFILL if i % 3 == 2 else Scope.ALL) for i, name in enumerate(names)]
     requests, now = [], 0.0
     for _ in range(num):
         now += rng.choice([0.0, 0.0, rng.expovariate(1 / gap), 4 * gap])
-        adapter = rng.choice([None, *(a.name for a in adapters[: 1 + min(rng.randrange(8), rng.randrange(8))])])
+        most = 1 + min(rng.randrange(len(names)), rng.randrange(len(names)))
+        adapter = rng.choice([None, *names[:most]])
         prefix = (rng.randrange(2),) if rng.random() < 0.1 else ()
         prompt = rng.randrange(1, longest) + 512 * len(prefix)
         requests.append(Arrival(now, adapter, prompt, rng.randrange(1, 100), prefix))
@@ -202,9 +203,9 @@ def compare(recorder: Recorder, turns: list[object]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("decisions")
     model = build_checkpoint(root / "model", "llama", max_position_embeddings=1024)
-    for i, rank in enumerate(RANKS):
+    for i, (name, rank) in enumerate(zip(NAMES, RANKS, strict=True)):
         config = {"r": rank, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-        write_adapter(model, root / "adapters" / f"a{i}", Case(f"a{i}", config), seed=i)
+        write_adapter(model, root / "adapters" / name, Case(name, config), seed=i)
     return root
 
 
@@ -213,7 +214,7 @@ def test_engine_and_twin_decide_alike(folder: Path, fairness: bool, overlap: boo
     recorder, turns, preemptions = run_both(
         folder / "model",
         folder / "adapters",
-        a_workload(150, seed=int(fairness), gap=0.004, longest=90),
+        a_workload(110, seed=int(fairness), gap=0.004, longest=90),
         overlap=overlap,
         kv_cache_gib=0.00055,
         max_num_seqs=12,
@@ -234,3 +235,21 @@ def test_a_different_decision_is_noticed(folder: Path) -> None:
     compare(recorder, turns)
     with pytest.raises(AssertionError, match="turn"):
         compare(recorder, turns[1:])
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute; set SLOW to run it")
+def test_smollm2_and_twin_decide_alike(smol_path: Path) -> None:
+    folder = Path("examples/adapters")
+    names = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
+    recorder, turns, preemptions = run_both(
+        smol_path,
+        folder,
+        a_workload(80, seed=5, gap=0.2, longest=120, names=names),
+        kv_cache_gib=0.018,
+        max_num_seqs=12,
+        max_num_batched_tokens=128,
+        max_loras=2,
+        max_cpu_loras=3,
+    )
+    compare(recorder, turns)
+    assert preemptions > 0 and len(recorder.loads) > len(names)

@@ -1,0 +1,45 @@
+"""Calibration of a tiny model: the profile is plausible, and the twin runs from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from multigraft.calibration.calibrate import calibrate
+from multigraft.calibration.drive import Drive
+from multigraft.engine import parts
+from multigraft.engine.core import EngineCore
+from multigraft.engine.offline import make_config
+from multigraft.twin.profile import Profile
+from multigraft.twin.report import report
+from multigraft.twin.simulate import simulate
+from multigraft.twin.workload import Workload
+from tests.tiny import build_checkpoint
+from tests.twin.made import poisson
+
+
+def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
+    model = build_checkpoint(tmp_path / "model", "llama")
+    settings = {"kv_cache_gib": 0.02, "max_num_seqs": 8, "max_num_batched_tokens": 128, "adapter_memory_gib": 0.01}
+    config = make_config(str(model), device="cpu", **settings)
+    told: list[float] = []
+    profile = calibrate(config, seconds=3.0, progress=lambda what, done: told.append(done))
+    assert told == sorted(told) and told[-1] > 0.9
+    profile.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == profile
+    assert profile.errors["held_out_steps"] > 20 and 0 < profile.errors["step_p50"] < 0.8
+    assert 0 < profile.fetch_seconds(10**5) < 1 and 0 < profile.copy_seconds(10**5) < 1
+
+    engine = EngineCore(parts.build(config))
+    page = 16 * profile.memory.kv_token
+    assert engine.scheduler.pages.num_pages == profile.memory.total // page
+    requests = (r._replace(adapter=None) for r in poisson(1, 20.0, 1.0, 0, 40, 20).requests)
+    workload = Workload(name="base", requests=tuple(requests))
+    engine.start()
+    try:
+        measured = report(Drive(engine, workload).run(timeout=60), "measured")
+    finally:
+        engine.stop(10)
+    predicted = report(simulate(workload, profile, profile.deployment(scheduler=config.scheduler)))
+    assert measured.completed == predicted.completed == len(workload.requests)
+    # Loose, for busy machines: benchmarks/twin_accuracy.py tells how good it is.
+    assert 0.1 < predicted.itl.mean / measured.itl.mean < 10
