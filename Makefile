@@ -57,5 +57,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need…"
-	@$(PIP) -e '.[$(EXTRAS),dev]'
+	@$(PIP) -e '.[$(EXTRAS),plan,dev]'
 	@touch $@

@@ -20,8 +20,9 @@ ALLOWED = {
     "metrics": {"core", "engine.client"},
     "server": {"core", "metrics", "engine.client"},
     "twin": {"core", "kvcache", "scheduling"},
+    "planner": {"core", "scheduling", "twin"},
     "calibration": {"core", "scheduling", "kernels", "adapters", "training", "engine", "twin"},
-    "cli": {"core", "server", "engine", "adapters", "twin", "calibration"},
+    "cli": {"planner", "core", "server", "engine", "adapters", "twin", "calibration"},
 }
 
 

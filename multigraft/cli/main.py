@@ -6,7 +6,7 @@ import typer
 
 from multigraft import __version__
 
-from . import adapters, serve, train, twin
+from . import adapters, plan, serve, train, twin
 
 app = typer.Typer(
     name="multigraft",
@@ -19,6 +19,7 @@ app = typer.Typer(
 serve.register(app)
 train.register(app)
 twin.register(app)
+plan.register(app)
 app.add_typer(adapters.app)
 
 

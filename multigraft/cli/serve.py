@@ -41,6 +41,8 @@ multigraft serve Qwen/Qwen3-0.6B --lora-modules french=./french latin=./latin
 
 multigraft serve ./model --lora-dir ./adapters --max-loras 32 --api-key $KEY --host 0.0.0.0
 
+multigraft serve ./model --lora-dir ./adapters --auto-plan plan.json
+
 multigraft serve --config server.yaml --port 9000   [dim]# flags go before the file's values[/dim]"""
 
 
@@ -76,7 +78,8 @@ def _command() -> Any:
 
     def serve(**values: Any) -> None:
         """Serve a base model and its adapters over HTTP, with OpenAI's interface."""
-        values.pop("config")  # its values have become defaults
+        for name in ("config", "auto_plan"):
+            values.pop(name)  # their values have become defaults
         run(values)
 
     flags = all_flags()
@@ -90,8 +93,20 @@ def _command() -> Any:
             rich_help_panel=PANELS[EngineConfig],
         ),
     ]
+    auto_plan = Annotated[
+        Path | None,
+        typer.Option(
+            "--auto-plan",
+            help="File of `multigraft plan`, or a workload to plan for with the profile.json beside it: sets slots, "
+            "KV cache and batch limits; flags on the command line and in --config go before it.",
+            is_eager=True,
+            callback=_load_plan,
+            rich_help_panel=PANELS[EngineConfig],
+        ),
+    ]
     parameters = [flag_parameter(flag) for flag in flags]
-    parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
+    for name, annotation in (("config", config), ("auto_plan", auto_plan)):
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     serve.__annotations__ = {p.name: p.annotation for p in parameters}
     return serve
@@ -121,7 +136,17 @@ def _load_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         with user_errors():
             values = config_file.read(path, (flag.name for flag in all_flags()))
         multiple = {flag.name for flag in all_flags() if flag.multiple}
-        ctx.default_map = {name: _listed(value) if name in multiple else value for name, value in values.items()}
+        given = {name: _listed(value) if name in multiple else value for name, value in values.items()}
+        ctx.default_map = {**(ctx.default_map or {}), **given}
+    return path
+
+
+def _load_plan(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        from .plan import planned_flags
+
+        with user_errors():
+            ctx.default_map = {**planned_flags(path), **(ctx.default_map or {})}
     return path
 
 

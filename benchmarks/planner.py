@@ -1,0 +1,174 @@
+"""The planner's set-up against the best there is, on held-out workloads.
+
+By default the twin tries every set-up of a grid: how much of the best one's throughput do the search and the models
+reach, the latter alone and improved by the twin, and how long does it take? With --measure the real engine runs the
+grid instead: each set-up is served with random adapters and the workload is replayed over HTTP; to be run on a quiet
+machine.
+
+    python -m benchmarks.planner [--profile FILE] [--workloads 6] [--save]
+    python -m benchmarks.planner --measure MODEL_FOLDER --profile FILE [--duration 60] [--rate 0.2] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import finish
+from multigraft.core.errors import CapacityExceeded
+from multigraft.planner.choice import Choice, Space, part
+from multigraft.planner.models import Models
+from multigraft.planner.search import Outcome, improved, search, try_out
+from multigraft.twin.describe import describe
+from multigraft.twin.profile import Profile
+from multigraft.twin.report import report
+from multigraft.twin.workload import Workload
+from tests.planner.instances import cpu
+
+WAYS = ("search", "models", "confirmed")
+Judge = Callable[[Choice, Workload], Outcome]
+
+
+def held_out(seed: int, rate: float, duration: float) -> Workload:
+    """24 adapters of skewed rates, with a base rate that grows from workload to workload."""
+    return describe(
+        {
+            "name": f"held out {seed}",
+            "duration": duration,
+            "seed": seed,
+            "slo": {"ttft": 8, "itl": 0.3},
+            "adapters": [{"name": "a", "count": 24, "rank": [8, 16, 32], "rate": rate, "zipf": 0.5}],
+            "prompt": {"lognormal": [160, 100], "max": 600},
+            "output": {"lognormal": [60, 40], "max": 200},
+        }
+    )
+
+
+def grid(measured: bool) -> Space:
+    """What is tried exhaustively: small where each try takes the workload's duration."""
+    return Space(
+        num_adapters=(12, 24) if measured else (6, 12, 16, 20, 24),
+        max_loras=(4, 24) if measured else (4, 8, 16, 24),
+        adapter_memory=(1.0,),
+        max_num_seqs=(8, 32) if measured else (8, 16, 32, 64),
+        max_num_batched_tokens=(512, 2048) if measured else (256, 512, 1024, 2048),
+    )
+
+
+class Measured:
+    """Judges by the real engine: one server for each choice, started with the flags that a plan would set."""
+
+    def __init__(self, model: str, profile: Profile, folder: Path):
+        import transformers
+
+        self.model, self.profile, self.folder = model, profile, folder
+        self.config = transformers.AutoConfig.from_pretrained(model)
+
+    def __call__(self, choice: Choice, workload: Workload) -> Outcome:
+        from benchmarks.common import write_adapter
+        from multigraft.twin.replay import replay
+
+        share = part(workload, choice.num_adapters)
+        for seed, adapter in enumerate(workload.adapters):
+            if not (self.folder / adapter.name).exists():
+                write_adapter(self.folder / adapter.name, self.config, adapter.rank, seed)
+        flags = choice.flags(share, self.profile)
+        arguments = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        command = [sys.executable, "-m", "multigraft.cli.main", "serve", self.model, "--port", "0"]
+        server = subprocess.Popen(
+            [*command, "--lora-dir", str(self.folder), *arguments], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert server.stderr is not None
+            url = next(m[1] for line in server.stderr if (m := re.search(r"curl (http\S+)/v1/", line)))
+            found = report(asyncio.run(replay(share, f"{url}/v1")), "measured")
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+        return Outcome(choice, found, workload.slo)
+
+
+def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, models: Models) -> dict[str, float | str]:
+    start = time.perf_counter()
+    everything = [judge(choice, workload) for choice in space.choices(workload, profile)]
+    exhaustive_s = time.perf_counter() - start
+    best = min(everything, key=lambda outcome: outcome.rank)
+    start = time.perf_counter()
+    found = search(workload, profile, space).choice
+    search_s = time.perf_counter() - start
+    row: dict[str, float | str] = {
+        "workload": workload.name,
+        "choices": len(everything),
+        "feasible": sum(outcome.feasible for outcome in everything),
+        "best": best.report.throughput,
+        "exhaustive_s": exhaustive_s,
+        "search_s": search_s,
+    }
+    chosen: dict[str, Choice | None] = {"search": found}
+    start = time.perf_counter()
+    try:
+        chosen["models"] = models.advise(workload, profile, space).choice
+    except CapacityExceeded:
+        chosen["models"] = None
+    row["models_s"] = time.perf_counter() - start
+    alone = chosen["models"]
+    if alone:
+        chosen["confirmed"] = improved(try_out(alone, workload, profile), workload, profile, space).choice
+    for name, choice in chosen.items():
+        outcome = choice and judge(choice, workload)
+        row[name] = outcome.report.throughput / best.report.throughput if outcome else 0.0
+        row[f"{name}_holds"] = bool(outcome and outcome.feasible)
+        row[f"{name}_choice"] = str(choice)
+    return row
+
+
+def show(rows: Sequence[dict[str, float | str]]) -> None:
+    table = Table("workload", "set-ups", "feasible", "best tokens/s", "search", "models alone", "models, then the twin")
+    for r in rows:
+        shares = [f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" for way in WAYS if way in r]
+        table.add_row(str(r["workload"]), str(r["choices"]), str(r["feasible"]), f"{r['best']:.0f}", *shares)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--measure", metavar="MODEL")
+    parser.add_argument("--workloads", type=int, default=6)
+    parser.add_argument("--duration", type=float, default=60.0)
+    parser.add_argument("--rate", type=float, default=0.12, help="requests a second and adapter in the first workload")
+    parser.add_argument("--examples", type=int, default=400)
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    if args.measure and not args.profile:
+        parser.error("--measure needs the --profile that `multigraft calibrate` wrote on this machine")
+    profile = Profile.load(args.profile) if args.profile else cpu()
+    space = grid(bool(args.measure))
+    training = [held_out(seed, args.rate * (1 + seed / 4), args.duration) for seed in range(4)]
+    models = Models.fit(training, profile, examples=args.examples)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        judge: Judge = lambda choice, workload: try_out(choice, workload, profile)  # noqa: E731
+        if args.measure:
+            judge = Measured(args.measure, profile, Path(folder))
+        for k in range(args.workloads):
+            workload = held_out(100 + k, args.rate * (1 + k / args.workloads), args.duration)
+            rows.append(compare(workload, profile, space, judge, models))
+    show(rows)
+    errors = {name: {"kind": f.kind, "mean_abs_error": round(f.error, 4)} for name, f in models.by_target.items()}
+    settings = {"profile": profile.model, "judge": "engine" if args.measure else "twin", "duration": args.duration}
+    finish("planner", settings | {"models": errors}, rows, save=args.save)
+
+
+if __name__ == "__main__":
+    main()
