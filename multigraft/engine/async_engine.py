@@ -66,9 +66,9 @@ class AsyncEngine:
             folder = training_folder(Path(config.data_dir).expanduser(), self.model_name)
             self.training = await TrainingManager.open(EngineTraining(self), config.training, folder)
 
-    def post(self, function: Callable[[], None]) -> None:
-        """Run `function` on the engine's thread, between two steps."""
-        self._core.post(function)
+    def post(self, function: Callable[[], None]) -> bool:
+        """Run `function` on the engine's thread, between two steps; False when that has ended and never will."""
+        return self._core.post(function)
 
     @property
     def model_name(self) -> str:
@@ -279,12 +279,13 @@ class AsyncEngine:
         return [base, *adapters]
 
     async def load_adapter(
-        self, name: str, path: str, *, scope: Scope | None = None, in_place: bool = False
+        self, name: str, path: str, *, scope: Scope | None = None, in_place: bool = False, validate: bool = True
     ) -> ModelCard:
+        """validate: read the weights now, rather than when they are first asked for."""
         store = self.parts.store
         known = any(info.name == name for info in store.list())
         change = store.reload if in_place and known else store.register
-        await asyncio.to_thread(change, name, path, scope, validate=True)
+        await asyncio.to_thread(change, name, path, scope, validate=validate)
         return next(card for card in self.models() if card.name == name)
 
     async def unload_adapter(self, name: str) -> None:

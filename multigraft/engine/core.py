@@ -12,16 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from multigraft.core.batch import AdapterMove, Batch, Span
-from multigraft.core.errors import AdapterError, InvalidLogits, InvalidRequest, MultigraftError, ShuttingDown
+from multigraft.core.batch import Batch, Span
+from multigraft.core.errors import InvalidLogits, InvalidRequest, MultigraftError, ShuttingDown
 from multigraft.core.request import PENDING, FinishReason, Output, Request, TokenLogprobs
+from multigraft.engine.adapter_loads import AdapterLoads
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.logprobs import prompt_logprobs
@@ -116,7 +116,9 @@ class EngineCore:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._copies: list[tuple[AdapterMove, object]] = []
+        self._ended = False
+        self._posting = threading.Lock()
+        self._loads = AdapterLoads(parts, self.counters, self.post, self._adapter_failed)
         self._in_flight: _InFlight | None = None
         """On a GPU: the step that runs while the host schedules the next one."""
         self._collected: Batch | None = None
@@ -139,10 +141,14 @@ class EngineCore:
         self._fatal = error
         self._wake.set()
 
-    def post(self, function: Callable[[], None]) -> None:
-        """Run `function` on the engine's thread, soon."""
-        self._inbox.append(function)
+    def post(self, function: Callable[[], None]) -> bool:
+        """Run `function` on the engine's thread, soon; False when that has ended."""
+        with self._posting:
+            if self._ended:
+                return False
+            self._inbox.append(function)
         self._wake.set()
+        return True
 
     def submit(self, submission: Submission) -> None:
         """Queue a request whose adapter, if any, was acquired from the store; its last Output has a finish_reason."""
@@ -205,24 +211,28 @@ class EngineCore:
                     raise self._fatal
                 while self._inbox:
                     self._inbox.popleft()()
-                self._finish_copies()
+                self._loads.finish()
                 self._end_turn()
                 batch = self.scheduler.schedule(self.trainer.work())
                 if self.observer is not None:
                     self.observer.scheduled(batch)
                 for move in batch.loads:
-                    self._start_load(move)
+                    self._loads.start(move)
                 if batch or batch.train is not None or self._in_flight is not None:
                     self._timed_step(batch)
                 self._flush()
                 if not batch and batch.train is None and self._in_flight is None:
                     self._clock.idle()
-                    self._wake.wait(0.001 if self._copies else 1.0)
+                    self._wake.wait(0.001 if self._loads.copying else 1.0)
         except BaseException as error:
             self.error = self.parts.ranks.blame(error) if self.parts.ranks else error
             log.exception("The engine has died")
         finally:
             reason = self.error if isinstance(self.error, MultigraftError) else ShuttingDown("The engine has stopped.")
+            with self._posting:
+                self._ended = True
+            while self._inbox:  # what was posted is begun, so that it ends like the rest
+                self._inbox.popleft()()
             self.trainer.stop_all()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=reason)
@@ -463,41 +473,12 @@ class EngineCore:
             request.finish_reason = FinishReason.ERROR
             self._end(submission, FinishReason.ERROR, error=error)
 
+    def _adapter_failed(self, uid: int, error: Exception) -> None:
+        for request in self.scheduler.adapter_failed(uid):
+            self._end(self._live[request.id], FinishReason.ERROR, error=error)
+
     def _abort(self, request_id: str) -> None:
         submission = self._live.get(request_id)
         if submission is not None:
             self.scheduler.abort(request_id)
             self._end(submission, FinishReason.ABORT)
-
-    # Adapters --------------------------------------------------------------------------------------------------
-
-    def _start_load(self, move: AdapterMove) -> None:
-        for slot in move.empties:
-            self.parts.bank.unload(slot)
-        self.counters.load_started[move.ref.uid] = time.monotonic()
-        future = self.parts.fetch(move)
-        future.add_done_callback(lambda f: self.post(partial(self._to_device, move, f)))
-
-    def _to_device(self, move: AdapterMove, fetched: Future) -> None:  # type: ignore[type-arg]
-        error = fetched.exception()
-        if error is None:
-            self._copies.append((move, self.parts.bank.load(move.slot, fetched.result())))
-            return
-        if not isinstance(error, MultigraftError):
-            log.error("Adapter %s failed to load", move.ref.name, exc_info=error)
-            error = AdapterError(f"Adapter {move.ref.name!r} could not be read: {error}")
-        self.counters.load_started.pop(move.ref.uid, None)
-        for request in self.scheduler.adapter_failed(move.ref.uid):
-            self._end(self._live[request.id], FinishReason.ERROR, error=error)
-
-    def _finish_copies(self) -> None:
-        pending = []
-        for move, copy in self._copies:
-            if not copy.ready():  # type: ignore[attr-defined]
-                pending.append((move, copy))
-                continue
-            self.scheduler.adapter_loaded(move.ref.uid)
-            self.counters.adapter_loads += 1
-            started = self.counters.load_started.pop(move.ref.uid)
-            self.counters.adapter_load_seconds += time.monotonic() - started
-        self._copies = pending

@@ -68,6 +68,9 @@ class Trainer:
         left: done when the job has ended or was stopped; with the exception that made it fail, if one did.
         """
         assert job.id not in self._entries and weight > 0
+        if job.stage is Stage.DONE:  # it was stopped between its last event and its end
+            left.set_result(None)
+            return
         service = min((e.service for e in self._entries.values()), default=0.0)
         self._entries[job.id] = _Entry(job, weight, on_event, left, service)
 

@@ -95,7 +95,7 @@ def test_models_are_for_one_slo(models):
 )
 def test_what_binds_is_named(slo, words):
     with pytest.raises(CapacityExceeded, match=words):
-        search(workload(1, slo=slo, duration=10), cpu(), SPACE)
+        search(workload(1, rate=0.08, slo=slo, duration=10), cpu(), SPACE)
 
 
 def test_starvation_names_the_limit():
@@ -173,7 +173,7 @@ def test_readable_models():
 @pytest.fixture
 def files(tmp_path):
     cpu().save(tmp_path / "profile.json")
-    workload(6, rate=0.04, duration=20).save(tmp_path / "tenants.jsonl")
+    workload(6, rate=0.04, duration=60).save(tmp_path / "tenants.jsonl")
     return tmp_path
 
 
