@@ -43,7 +43,9 @@ from multigraft.core.config import (
 )
 from multigraft.engine.async_engine import AsyncEngine
 from multigraft.engine.fine_tuning import EngineTraining
+from multigraft.kernels.openmp import release_pool
 from multigraft.training.dataset import Dataset
+from multigraft.training.engine import off_loop
 from multigraft.training.job import Event
 from multigraft.training.microbatch import Sample
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
@@ -93,7 +95,7 @@ class Trained:
         return total / (stop - start)
 
 
-def azure(path: Path, scale: float, vocab_limit: int) -> list[tuple[float, int, int]]:
+def azure(path: Path, scale: float) -> list[tuple[float, int, int]]:
     """(seconds from the start, prompt tokens, output tokens), as traced, lengths times scale and within MAX_LEN."""
     rows = []
     with path.open() as file:
@@ -115,14 +117,14 @@ def stretched(
     return [((at - part[0][0]) / span * seconds * (num - 1) / num, p, o) for at, p, o in part]
 
 
-def gsm8k(path: Path, vocab: int, scale: float) -> Dataset:
+def gsm8k(path: Path, vocab: int) -> Dataset:
     """Samples of random tokens, as long as the questions and answers: the answers are trained."""
     rng = random.Random(0)
     data = Dataset()
     with path.open() as file:
         for line in file:
             row = json.loads(line)
-            prompt, answer = (max(2, int(len(row[k]) / CHARACTERS_A_TOKEN)) for k in ("question", "answer"))
+            prompt, answer = (max(2, len(row[k]) // CHARACTERS_A_TOKEN) for k in ("question", "answer"))
             tokens = tuple(rng.randrange(10, vocab) for _ in range(prompt + answer))
             data.add((Sample(tokens=tokens, weights=(0.0,) * prompt + (1.0,) * answer, prompt_len=prompt),))
     return data
@@ -163,7 +165,7 @@ class Bench:
         h = Hyperparameters(n_epochs=1000, batch_size=self.args.batch_size, learning_rate=2e-5, max_length=1024)
         spec = JobSpec(adapter=AdapterSpec(r=8), hyperparameters=h).resolve(len(self.data))
         name = f"job{next(self._numbers)}"
-        job = await asyncio.to_thread(self.training.build, name, spec, self.data, None)
+        job = await off_loop(self.training.build, name, spec, self.data, None)
         trained = Trained()
         left = asyncio.wrap_future(self.training.start(job, 1.0, trained))
         return trained, name, left
@@ -241,13 +243,14 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         (Path(model) / "config.json").write_text(json.dumps(LLAMA_8B))
     config = transformers.AutoConfig.from_pretrained(model)
     sources = [write_adapter(folder / f"a{i}", config, 8, seed=i) for i in range(max(args.adapters))]
-    trace = azure(args.trace, args.scale, config.vocab_size)
-    data = gsm8k(args.gsm8k, config.vocab_size, args.scale)
+    trace = azure(args.trace, args.scale)
+    data = gsm8k(args.gsm8k, config.vocab_size)
     rows: list[dict] = []
     if args.peft:
         peer = peft_training(model, data, "cuda" if on_gpu else "cpu", args.peft_batch, args.seconds)
         rows.append({"rate": 0.0, "adapters": 0, "job": "transformers + PEFT", "train_tok_s": peer})
         print(rows[-1], flush=True)
+    release_pool()  # this thread's, which would compete with the engine's for the cores
     engine = await AsyncEngine.start(
         EngineConfig(
             model=ModelConfig(

@@ -42,6 +42,9 @@ def _causal(
     """q (B, H, L, D), k and v (B, K, L, D)."""
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     windowed = window is not None and window < length
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        # Its backward in bf16 takes 1.6 times as long (8 sequences of 60 to 230: 30 ms against 19 a layer of SmolLM2).
+        return _causal(q.float(), k.float(), v.float(), scaling, window, softcap).to(q.dtype)
     if softcap is None and not windowed:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
