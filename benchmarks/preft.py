@@ -254,6 +254,7 @@ def main() -> None:
     show(rows)
     plot(rows, args.adapters, args.plot)
     used = ("model", "requests", "prefill_slots", "max_num_seqs", "max_num_batched_tokens", "repeats", "compile")
+    args.model = Path(args.model).name
     finish("preft", {k: getattr(args, k) for k in used}, rows, save=args.save)
 
 
