@@ -97,8 +97,8 @@ class TrainingConfig:
     max_training_jobs: int = 4
     """Fine-tuning jobs that run at once; the others wait for their turn. 0 turns fine-tuning off."""
     train_memory_gib: float | None = None
-    """Memory for the adapters, optimizer states and activations of jobs, in GiB; the default is a tenth of the GPU's, or
-    2 on the CPU. 0 turns fine-tuning off."""
+    """Memory for the adapters, optimizer states and activations of jobs, in GiB; the default is a tenth of the GPU's,
+    or 2 on the CPU. 0 turns fine-tuning off."""
     ttft_slo_ms: float = 1000.0
     """Time to the first token that training must leave possible, in ms."""
     tpot_slo_ms: float = 100.0
