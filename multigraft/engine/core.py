@@ -268,11 +268,12 @@ class EngineCore:
         except Exception as error:
             if self.parts.ranks is not None:
                 raise  # the other ranks may be anywhere in the step
-            self._failures += 1
             if self.trainer.rides and batch.train is not None and batch.train.forward:
-                # The rows that rode may be the cause. Nothing was committed: the same positions are planned again.
-                self.trainer.abandon(error)
+                batch.train = None  # nothing was committed: the requests' rows go again, alone
+                self._guarded_step(batch)
+                self.trainer.abandon(error, guilty=not self._failures)
                 return
+            self._failures += 1
             log.exception("A step failed; its %d requests fail with it", len(batch.spans))
             if self._failures >= MAX_CONSECUTIVE_FAILURES:
                 raise

@@ -107,10 +107,10 @@ class TrainMemory:
 
     def add(self, job_id: str, nbytes: int, rows: int) -> None:
         """rows: of its largest microbatch."""
-        self._jobs[job_id] = (nbytes, rows)
+        self._jobs = self._jobs | {job_id: (nbytes, rows)}  # a new one: other threads read it
 
     def remove(self, job_id: str) -> None:
-        self._jobs.pop(job_id, None)
+        self._jobs = {k: v for k, v in self._jobs.items() if k != job_id}
 
     def _rows(self, nbytes: int) -> int:
         """Rows of a pass in so much memory, activations computed again."""

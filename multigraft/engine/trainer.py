@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -134,19 +134,25 @@ class Trainer:
                 if entry is not None:  # else it failed with an earlier microbatch
                     self._done(entry, microbatch, result)
 
-    def abandon(self, error: Exception) -> None:
-        """The pass in hand cannot go on. Its jobs go back to their last optimizer step; a job alone in it fails."""
+    def abandon(self, error: Exception, *, guilty: bool = True) -> None:
+        """The pass in hand cannot go on. Its jobs go back to their last optimizer step; a job alone in it fails, if its
+        rows are `guilty` of the error."""
         p, self._pass = self._pass, None
-        if p is None:
-            return
-        entries = [e for e in self._entries.values() if any(m.job_id == e.job.id for m in p.microbatches)]
+        if p is not None:
+            self._take_back(p.microbatches, error, kept=p.keep, guilty=guilty)
+
+    def _take_back(
+        self, microbatches: Sequence[Microbatch], error: Exception, *, kept: bool, guilty: bool = True
+    ) -> None:
+        """kept: their pass kept its activations."""
+        entries = [e for e in self._entries.values() if any(m.job_id == e.job.id for m in microbatches)]
         log.warning("A training pass failed: %s", error, exc_info=not isinstance(error, MultigraftError))
-        if isinstance(error, torch.OutOfMemoryError) and p.keep:
+        if isinstance(error, torch.OutOfMemoryError) and kept:
             self.memory.shrink()
-        elif len(entries) == 1:
+        elif guilty and len(entries) == 1:
             self._let_go(entries[0], error)
             return
-        else:
+        elif guilty:
             self._suspects += [e.job.id for e in entries]
         for entry in entries:
             entry.taken = None
@@ -176,10 +182,7 @@ class Trainer:
         try:
             return TrainPass(self.model, chosen, keep=self.memory.keeps(rows))
         except Exception as error:
-            self._pass = None
-            log.exception("A training pass could not begin")
-            for job_id in {m.job_id for m in chosen}:
-                self._let_go(self._entries[job_id], error)
+            self._take_back(chosen, error, kept=False)
             return None
 
     def _next(self, entry: _Entry) -> Microbatch | None:

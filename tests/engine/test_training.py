@@ -204,3 +204,35 @@ def test_a_stopped_job_can_go_on(world: World) -> None:
     assert 3 <= len(first) < len(whole)
     again = world.start(job)
     assert first + again.losses() == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("culprit", ["training", "serving"])
+def test_a_step_that_raises_harms_the_side_that_made_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, culprit: str
+) -> None:
+    prompts, names = [list(range(5, 25)), list(range(8, 30))], [None, world.names[0]]
+    expected = [r.completions[0].token_ids for r in world.engine.generate(prompts, GREEDY, names)]
+    alone = world.start(world.job("alone", 6, spec("lora"))).losses()
+    runner = world.parts.runner
+    execute, raised = runner.execute, []
+
+    def fails(batch, late=None, riding=None):
+        if (riding is not None and len(raised) < 1) or (culprit == "serving" and len(raised) == 1):
+            raised.append(riding)
+            raise RuntimeError("a broken step")
+        return execute(batch, late, riding)
+
+    monkeypatch.setattr(runner, "execute", fails)
+    run = world.start(world.job("rider", 6, spec("lora", replace(PLAIN, n_epochs=2))))
+    results = []
+    while not raised:
+        results = world.engine.generate(prompts, GREEDY, names)
+        if run.left.done() and not raised:  # no step of the requests had training rows yet
+            run = world.start(world.job("rider", 6, spec("lora", replace(PLAIN, n_epochs=2))))
+    if culprit == "training":
+        assert [r.completions[0].token_ids for r in results] == expected
+        with pytest.raises(RuntimeError, match="a broken step"):
+            run.losses()
+    else:
+        assert any(r.error is not None for r in results)
+        assert run.losses() == pytest.approx(alone, rel=1e-4)
