@@ -145,6 +145,39 @@ def graph_us(calls: Sequence[Callable[[], object]]) -> float:
     return 1e3 * triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median") / len(calls)
 
 
+def gated_row(kind: str, shape: Shape) -> dict[str, Any]:
+    """Adapters inside SwiGLU, against adding them and SwiGLU as one compiled kernel after it (unfused_us)."""
+    n_in, (width, _) = shape.widths
+    inputs = [Inputs.random(shape) for _ in range(shape.copies)]
+
+    def gated(i: Inputs) -> torch.Tensor:
+        table, scales, tiles, _, block_m, max_rank = i.tables
+        work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
+        return lora_triton.gated(i.y, i.x, i.arena, work, tiles)
+
+    i = inputs[0]
+    ref = i.y.float()
+    lora_reference.forward(ref, i.x.float(), i.arena, i.tables[0].cpu(), i.tables[1].cpu(), i.tables[2], i.tables[3])
+    error = relative_error(gated(i), lora_reference.swiglu(ref))
+    us = graph_us([lambda i=i: gated(i) for i in inputs])
+    compiled = torch.compile(lora_reference.swiglu)
+    after = graph_us([lambda i=i: compiled(i.y) for i in inputs])
+    unfused = graph_us([lambda i=i: segmented_lora_(i.y, i.x, i.arena, *i.tables) for i in inputs]) + after
+    num_bytes = 2 * (shape.factor_elements + shape.num_rows * (n_in + 3 * width))
+    floor = 1e6 * max(num_bytes / BYTES_PER_S, shape.flops / FLOP_PER_S)
+    sizes = {"mb": num_bytes / 1e6, "floor_us": floor, "us": us, "ratio": us / floor}
+    return {**describe(kind, shape), **sizes, "swiglu_us": after, "unfused_us": unfused, "error": error}
+
+
+def gated_rows() -> Iterator[dict[str, Any]]:
+    for num, rank in ((16, 8), (64, 8), (256, 8), (64, 64)):
+        yield gated_row("decode gated", Shape("gate_up", DECODE_ROWS, (rank,) * num, choose_block_m(DECODE_ROWS, 64)))
+    for num, rank in ((16, 8), (64, 8), (16, 64)):
+        yield gated_row(
+            "prefill gated", Shape("gate_up", PREFILL_ROWS, (rank,) * num, choose_block_m(PREFILL_ROWS, num))
+        )
+
+
 def grouped_mm_us(shape: Shape) -> float:
     """The same work through torch.nn.functional.grouped_mm, factors laid out as it likes them."""
     n_in, outs = shape.widths
@@ -245,12 +278,20 @@ CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
     ("SHRINK", 4): options("BLOCK_K", (16, 128, 2, 4, 256), (8, 128, 2, 4, 256), (32, 128, 2, 4, 256)),
     ("SHRINK", 64): options("BLOCK_K", (32, 64, 4, 4, 2048), (64, 64, 4, 4, 1024), (64, 128, 4, 3, 2048)),
     ("EXPAND", 4): [lora_triton.EXPAND[4] | {"BLOCK_N": 1024}],
+    ("GATED", 4): [
+        lora_triton.GATED[4] | {"BLOCK_N": n, "num_warps": w} for n, w in ((512, 2), (512, 4), (1024, 8), (256, 1))
+    ],
+    ("GATED", 64): [
+        lora_triton.GATED[64] | {"DOT_N": d, "BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
+        for d, r, n, w in ((64, 16, 512, 8), (64, 16, 512, 4), (32, 16, 512, 4), (64, 16, 1024, 8), (128, 16, 512, 8))
+    ],
     ("EXPAND", 64): [lora_triton.EXPAND[64] | {"BLOCK_N": 512, "num_warps": 2}],
 }
 
 
 def tuning_rows() -> Iterator[dict[str, Any]]:
-    """Shrink and expand alone, summed over one layer's sites, for the present options (first) and the candidates."""
+    """Shrink and expand alone, summed over one layer's sites, and shrink with gated, for the present options (first) and
+    the candidates."""
     for (kernel, block_m), candidates in CANDIDATES.items():
         table = getattr(lora_triton, kernel)
         present = table[block_m]
@@ -259,7 +300,8 @@ def tuning_rows() -> Iterator[dict[str, Any]]:
             table[block_m] = choice
             row: dict[str, Any] = {"kernel": kernel, "block_m": block_m, **choice}
             for num, rank in ((64, 8), (16, 64)) if block_m == 64 else ((64, 8), (256, 8)):
-                shapes = [Shape(site, num_rows, (rank,) * num, block_m) for site in SITES]
+                sites = ["gate_up"] if kernel == "GATED" else SITES
+                shapes = [Shape(site, num_rows, (rank,) * num, block_m) for site in sites]
                 row[f"us_{num}x{rank}"] = sum(kernel_us(kernel, shape) for shape in shapes)
             yield row
         table[block_m] = present
@@ -273,7 +315,9 @@ def kernel_us(kernel: str, shape: Shape) -> float:
         table, scales, tiles, _, block_m, max_rank = i.tables
         work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
         h = lora_triton.shrink(i.x, i.arena, work, "a", [n_in])
-        if kernel == "SHRINK":
+        if kernel == "GATED":
+            calls.append(lambda i=i, work=work: lora_triton.gated(i.y, i.x, i.arena, work, work.tiles))
+        elif kernel == "SHRINK":
             calls.append(lambda i=i, work=work: lora_triton.shrink(i.x, i.arena, work, "a", [n_in]))
         else:
             calls.append(lambda i=i, h=h, work=work: lora_triton.expand(i.y, h, i.arena, work, "b", outs))
@@ -293,7 +337,10 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=("decode", "prefill", "train"), default=["decode", "prefill", "train"]
+        "--only",
+        nargs="+",
+        choices=("decode", "prefill", "train", "gated"),
+        default=["decode", "prefill", "train", "gated"],
     )
     parser.add_argument("--tune", action="store_true", help="also time other block sizes")
     parser.add_argument("--save", action="store_true")
@@ -304,6 +351,8 @@ def main() -> None:
         rows += [inference_row("decode", s) for s in decode_shapes()]
     if "prefill" in args.only:
         rows += [inference_row("prefill", s) for s in prefill_shapes()]
+    if "gated" in args.only:
+        rows += gated_rows()
     if "train" in args.only:
         rows += training_rows()
     show(rows, "Segmented LoRA")

@@ -16,6 +16,9 @@ class SiteKind(enum.Enum):
     """A decoder layer's output, the residual stream, which is the input as well."""
 
 
+GATE = ("gate_proj", "up_proj")
+"""A gated MLP's linears, in transformers' decoder layers."""
+
 Range = tuple[int, int]
 """First and last + 1."""
 
@@ -73,6 +76,11 @@ class Site:
     out_features: tuple[int, ...]
     shard: Shard | None = None
     """None: the modules are whole."""
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether the members are a gated MLP's two linears, the gate first."""
+        return tuple(path.rpartition(".")[2] for path in self.members) == GATE
 
     @property
     def whole(self) -> Shard:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 def _used_tiles(tiles: torch.Tensor) -> Iterator[tuple[slice, int]]:
@@ -69,6 +70,12 @@ def forward(
         for m in _members(arena, table, slot, x.shape[1], out_features):
             delta = scales[slot, m.index] * (m.hidden(x[rows]) @ _wide(m.b))
             y[rows, m.cols] = (y[rows, m.cols] + delta).to(y.dtype)
+
+
+def swiglu(y: torch.Tensor) -> torch.Tensor:
+    """(..., width): silu(gate) * up, of gate and up side by side in y (..., 2 width)."""
+    gate, up = y.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def backward(

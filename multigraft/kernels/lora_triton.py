@@ -1,7 +1,8 @@
-"""The segmented LoRA operation in Triton: three kernels that serve the forward and the backward pass.
+"""The segmented LoRA operation in Triton: four kernels that serve the forward and the backward pass.
 
     shrink   h = x Wᵀ      forward: W = A, and + c  backward: x = g, W = B
     expand   y += h W      forward: W = B           backward: y = d_x, W = A
+    gated    z = silu(gate + h W) * (up + h W')     expand inside SwiGLU, which spares a pass over the widest y
     outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A, with which d_c is the sum of u over the rows)
 
 A kernel works on one side of the adapters. Side "a": the members' A lie one after another, so they are one
@@ -27,6 +28,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from multigraft.kernels.tiles import BASE
+
 MAX_SPLITS = 8
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
@@ -42,6 +45,10 @@ SHRINK = {
 EXPAND = {
     4: {"BLOCK_R": 4, "BLOCK_N": 2048, "num_warps": 4, "num_stages": 1},
     64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "num_warps": 4, "num_stages": 1},
+}
+GATED = {
+    4: {"BLOCK_R": 4, "BLOCK_N": 1024, "num_warps": 4, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 512, "DOT_N": 64, "num_warps": 8, "num_stages": 1},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -153,18 +160,12 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _four_rows(
-    y, h, w, rank, scale, rows, offs_n, in_n, width, split_stride, h_stride, y_stride,
+def _four_products(
+    h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y[:4] += scale * h[:4] W by multiplying and adding: for few rows a tensor core's operands cost more to lay out
-    than the products. Of `rows` (1 to 4) rows; each has an accumulator of its own, so that W is read once."""
-    nth = tl.zeros_like(offs_n)
-    n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
-    y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
-    y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
-    y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
-    y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+    """Rows 0 to 3 of h W, float32 (BLOCK_N,) each, by multiplying and adding: for few rows a tensor core's operands
+    cost more to lay out than the products. `rows`: 1 to 4; each has its own accumulator, so W is read once."""
     acc0 = tl.zeros((BLOCK_N,), tl.float32)
     acc1 = tl.zeros((BLOCK_N,), tl.float32)
     acc2 = tl.zeros((BLOCK_N,), tl.float32)
@@ -185,10 +186,29 @@ def _four_rows(
         if rows > 3:
             h3 = _sum_splits(h + 3 * h_stride + offs_r, in_r, split_stride, SPLITS)
             acc3 += tl.sum(h3[:, None] * w_rn, axis=0)
-    tl.store(y + offs_n, (y0.to(tl.float32) + scale * acc0).to(y.dtype.element_ty), mask=in_n)
-    tl.store(y + y_stride + offs_n, (y1.to(tl.float32) + scale * acc1).to(y.dtype.element_ty), mask=n1)
-    tl.store(y + 2 * y_stride + offs_n, (y2.to(tl.float32) + scale * acc2).to(y.dtype.element_ty), mask=n2)
-    tl.store(y + 3 * y_stride + offs_n, (y3.to(tl.float32) + scale * acc3).to(y.dtype.element_ty), mask=n3)
+    return acc0, acc1, acc2, acc3
+
+
+@triton.jit
+def _products(
+    h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, dtype: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """h W, float32 (BLOCK_M, BLOCK_N), on tensor cores."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r_start in range(0, rank, BLOCK_R):
+        offs_r = r_start + tl.arange(0, BLOCK_R)
+        in_r = offs_r < rank
+        w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
+        h_mr = h + offs_m[:, None] * h_stride + offs_r[None, :]
+        h_mr = _sum_splits(h_mr, in_m[:, None] & in_r[None, :], split_stride, SPLITS)
+        acc = tl.dot(h_mr.to(dtype), w_rn.to(dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _add_row(y, offs_n, mask, old, delta):
+    tl.store(y + offs_n, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -215,28 +235,110 @@ def _expand_kernel(
     y += first_row * y_stride + left
     if BLOCK_M == 4:
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        _four_rows(
-            y, h, w, rank, scale, rows, offs_n, offs_n < width, width,
-            split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N,
+        in_n = offs_n < width
+        nth = tl.zeros_like(offs_n)
+        n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
+        y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
+        y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+        d0, d1, d2, d3 = _four_products(
+            h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
         )  # fmt: skip
+        _add_row(y, offs_n, in_n, y0, scale * d0)
+        _add_row(y + y_stride, offs_n, n1, y1, scale * d1)
+        _add_row(y + 2 * y_stride, offs_n, n2, y2, scale * d2)
+        _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
     else:
         offs_m = tl.arange(0, BLOCK_M)
+        in_m = offs_m < rows
         for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
             offs_n = n_start + tl.arange(0, DOT_N)
             in_n = offs_n < width
             y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-            y_mask = (offs_m < rows)[:, None] & in_n[None, :]
+            y_mask = in_m[:, None] & in_n[None, :]
             old = tl.load(y_mn, mask=y_mask, other=0.0)
-            acc = tl.zeros((BLOCK_M, DOT_N), tl.float32)
-            for r_start in range(0, rank, BLOCK_R):
-                offs_r = r_start + tl.arange(0, BLOCK_R)
-                in_r = offs_r < rank
-                w_mask = in_r[:, None] & in_n[None, :]
-                w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=w_mask, other=0.0)
-                h_mr = h + offs_m[:, None] * h_stride + offs_r[None, :]
-                h_mr = _sum_splits(h_mr, (offs_m < rows)[:, None] & in_r[None, :], split_stride, SPLITS)
-                acc = tl.dot(h_mr.to(y.dtype.element_ty), w_rn.to(y.dtype.element_ty), acc, input_precision="ieee")
-            tl.store(y_mn, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
+            delta = scale * _products(
+                h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, y.dtype.element_ty,
+                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+            )  # fmt: skip
+            tl.store(y_mn, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def _swiglu(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _gated_row(z, y, offs_n, mask, width, gate_delta, up_delta):
+    gate = tl.load(y + offs_n, mask=mask, other=0.0).to(tl.float32) + gate_delta
+    up = tl.load(y + width + offs_n, mask=mask, other=0.0).to(tl.float32) + up_delta
+    tl.store(z + offs_n, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_kernel(
+    z, y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride, z_stride,
+    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
+):  # fmt: skip
+    """z[rows, a block of columns] = silu(gate + its adapter's) * (up + its adapter's); gate and up lie side by side in
+    y."""
+    tile = tiles + tl.program_id(1) * 3
+    slot = tl.load(tile + 2)
+    if (slot < 0) & (slot != BASE):
+        if PDL:
+            gdc_wait()
+        return
+    first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    block = tl.program_id(0)
+    known = tl.maximum(slot, 0)
+    gate_w, gate_rank, _, gate_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 0, 2, "b")
+    up_w, up_rank, up_first, up_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 1, 2, "b")
+    gate_rank = tl.where(slot < 0, 0, gate_rank)
+    up_rank = tl.where(slot < 0, 0, up_rank)
+    if PDL:
+        gdc_wait()
+    h += first_row * h_stride
+    y += first_row * y_stride
+    z += first_row * z_stride
+    if BLOCK_M == 4:
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = offs_n < WIDTH
+        nth = tl.zeros_like(offs_n)
+        g0, g1, g2, g3 = _four_products(
+            h, gate_w, gate_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+        )  # fmt: skip
+        u0, u1, u2, u3 = _four_products(
+            h + up_first, up_w, up_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+        )  # fmt: skip
+        _gated_row(z, y, offs_n, in_n, WIDTH, gate_scale * g0, up_scale * u0)
+        _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 1 < rows), WIDTH, gate_scale * g1, up_scale * u1)
+        z += 2 * z_stride
+        y += 2 * y_stride
+        _gated_row(z, y, offs_n, in_n & (nth + 2 < rows), WIDTH, gate_scale * g2, up_scale * u2)
+        _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 3 < rows), WIDTH, gate_scale * g3, up_scale * u3)
+    else:
+        offs_m = tl.arange(0, BLOCK_M)
+        in_m = offs_m < rows
+        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH), DOT_N):
+            offs_n = n_start + tl.arange(0, DOT_N)
+            in_n = offs_n < WIDTH
+            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+            mask = in_m[:, None] & in_n[None, :]
+            gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32)
+            gate += gate_scale * _products(
+                h, gate_w, gate_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride, y.dtype.element_ty,
+                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+            )  # fmt: skip
+            up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32)
+            up += up_scale * _products(
+                h + up_first, up_w, up_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride,
+                y.dtype.element_ty, SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+            )  # fmt: skip
+            z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
+            tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -324,18 +426,27 @@ def _overlap(device: torch.device) -> dict[str, bool]:
 
 def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> torch.Tensor:
     """h float32 (splits, T, columns) of x (T, sum(widths)); rows and columns of no tile and no rank stay unwritten."""
-    blocks = dict(SHRINK[work.block_m])
-    chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS))
-    chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
-    splits = triton.cdiv(max(widths), chunk)  # for every member, so that each column of h has all its splits written
-    columns = triton.cdiv(work.num_members * work.max_rank, 16) * 16
-    h = torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
+    splits, chunk, blocks = _splits(work, widths)
+    h = _workspace(x, work, splits)
     _shrink_kernel[(splits * len(widths), len(work.tiles))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
         WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
         CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x.device),
     )  # fmt: skip
     return h
+
+
+def _splits(work: Work, widths: Sequence[int]) -> tuple[int, int, dict[str, int]]:
+    """(splits of x, columns of each, the further block sizes)."""
+    blocks = dict(SHRINK[work.block_m])
+    chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS))
+    chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    return triton.cdiv(max(widths), chunk), chunk, blocks  # for every member, so that each column has all its splits
+
+
+def _workspace(x: torch.Tensor, work: Work, splits: int) -> torch.Tensor:
+    columns = triton.cdiv(work.num_members * work.max_rank, 16) * 16
+    return torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
@@ -369,6 +480,28 @@ def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, o
     assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
     h = shrink(x, arena, work, "a", [x.shape[1]])
     expand(y, h, arena, work, "b", out_features)
+
+
+def gated(
+    y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, all_tiles: torch.Tensor, adapted: bool = True
+) -> torch.Tensor:
+    """(T, width): silu(gate) * up, of gate and up side by side in y (T, 2 width), each with the adapters' outputs for
+    x (T, in) added, which y itself does not get.
+
+    all_tiles: those of work, and tiles of the slot BASE for all rows without an adapter. adapted: whether any adapter
+    acts here.
+    """
+    assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
+    h = shrink(x, arena, work, "a", [x.shape[1]]) if adapted else _workspace(x, work, _splits(work, [x.shape[1]])[0])
+    width = y.shape[1] // 2
+    z = y.new_empty(y.shape[0], width)
+    options = GATED[work.block_m]
+    _gated_kernel[(triton.cdiv(width, options["BLOCK_N"]), len(all_tiles))](
+        z, y, h, arena, work.table, work.scales, all_tiles, *work.strides,
+        h.stride(0), h.stride(1), y.stride(0), z.stride(0),
+        WIDTH=width, BASE=BASE, SPLITS=len(h), BLOCK_M=work.block_m, **options, **_overlap(y.device),
+    )  # fmt: skip
+    return z
 
 
 def backward(

@@ -12,6 +12,7 @@ from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.lora_gemm import add_equal_segments, add_segment, is_wide
 from multigraft.kernels.lora_numba import SiteAdapters, Tiles
+from multigraft.kernels.lora_reference import swiglu
 from multigraft.models.parallel import Group
 from multigraft.models.s_lora import exchange, exchanges
 from multigraft.models.segments import NO_SLOT, add_embedding, cut_segments
@@ -78,6 +79,10 @@ class CpuGrafts:
             self._add_wide(site, y, x, run)
         if rows.tiles is not None:
             self._site_adapters[site].add(y, x, rows.tiles)
+
+    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.add(site, y, x)
+        return swiglu(y)
 
     def _add_wide(self, site: int, y: torch.Tensor, x: torch.Tensor, run: list[tuple[int, int, int]]) -> None:
         """Adjacent segments of equal length: together where their adapters have equal ranks and scales."""

@@ -16,10 +16,10 @@ from torch import nn
 
 from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
-from multigraft.kernels.tiles import DECODE_ROWS, UNUSED, cut_tiles, max_tiles
+from multigraft.kernels.tiles import BASE, DECODE_ROWS, UNUSED, cut_tiles, max_tiles
 from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
 from multigraft.models.parallel import Counts, Group
-from multigraft.models.segments import NO_SLOT, CudaGrafts
+from multigraft.models.segments import CudaGrafts
 
 if TYPE_CHECKING:
     from multigraft.models.runner import LateTokens
@@ -123,8 +123,9 @@ class DecodeGraphs:
         inputs.last_page_len[n:size] = 1
         inputs.kv_rows[:size] = inputs.pages[ends - 1].astype(np.int64) * p + inputs.last_page_len[:size] - 1
         # A decode row is its request's last position, so it is adapted if its span has a slot.
-        row_slot = np.fromiter((NO_SLOT if s.slot is None else s.slot for s in spans), np.int32, n)
-        if (row_slot != NO_SLOT).any():
+        row_slot = np.full(size, BASE, np.int32)
+        row_slot[:n] = [BASE if s.slot is None else s.slot for s in spans]
+        if not spans or (row_slot != BASE).any():
             tiles = cut_tiles(row_slot, DECODE_ROWS)
             inputs.tiles[:, 2] = UNUSED
             inputs.tiles[: len(tiles)] = tiles
@@ -154,7 +155,6 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             num_tiles = max_tiles(size, self.grafts.bank.max_slots)
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
-            self._inputs.tiles[:, 2] = UNUSED
             self._prepare(Batch(), size)
             for kinds in CAPTURED:
                 self.grafts.begin_fixed(tiles, DECODE_ROWS, kinds)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from multigraft.adapters.site import Site
+from multigraft.kernels.lora_reference import swiglu
 from multigraft.models.parallel import Group
 from multigraft.models.segments import CudaGrafts
 
@@ -49,3 +50,9 @@ class SLoraCudaGrafts(CudaGrafts):
         first = where.b_features[0][0]  # not 0 only where B has a slice of the outputs, and then it is alone
         widths = [stop - start for start, stop in where.b_features]
         self._kernels.expand(y[:, first : first + sum(widths)], h, bank.arena, work_b, "b", widths)
+
+    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if not exchanges(self.sites[site]):
+            return super().gated(site, y, x)
+        self.add(site, y, x)
+        return swiglu(y)

@@ -11,7 +11,7 @@ import torch
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
-from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
+from multigraft.kernels.tiles import BASE, DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 from multigraft.kernels.train import embedding_forward
 from multigraft.kvcache.transfer import upload
 from multigraft.models.train_rows import TrainContext
@@ -69,16 +69,19 @@ class CudaGrafts:
             x = bank.arena.new_zeros(2, site.in_features)
             y = bank.arena.new_zeros(2, sum(site.out_features))
             for block_m in (DECODE_ROWS, PREFILL_ROWS):
-                work = self._work(site, _Tiles(tiles, block_m, []))
+                work = self._work(site, _Tiles(tiles, block_m, [], 1))
                 self._kernels.forward(y, x, bank.arena, work, site.out_features)
+                if site.is_gate:
+                    self._kernels.gated(y, x, bank.arena, work, tiles)
 
     def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
         """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.
 
         Every site of these kinds in the decoder layers gets its kernels, whatever acts there now, and no other site.
+        The tiles are to be those of all rows (kernels.tiles.BASE).
         """
         self.active = bool(kinds)
-        self._body, self._head = _Tiles(tiles, block_m, []), None
+        self._body, self._head = _Tiles(tiles, block_m, [], len(tiles)), None
         self._fixed = kinds
 
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
@@ -98,6 +101,11 @@ class CudaGrafts:
         else:
             self._kernels.forward(y, x, self.bank.arena, self._work(where, tiles), where.out_features)
 
+    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert self._body is not None
+        work = self._work(self.sites[site], self._body)
+        return self._kernels.gated(y, x, self.bank.arena, work, self._body.table, self._tiles(site) is not None)
+
     def _tiles(self, site: int) -> _Tiles | None:
         """Those of the rows that reach the site; None when no adapter acts on them there."""
         acts = self.bank.entries(site) if self._fixed is None else self.sites[site].kind in self._fixed
@@ -106,15 +114,18 @@ class CudaGrafts:
     def _work(self, site: Site, tiles: _Tiles) -> Work:
         bank, members = self.bank, len(site.members)
         table, scales = bank.table[site.index, :, :members], bank.scales[site.index, :, :members]
-        return self._kernels.Work(table, scales, tiles.table, tiles.block_m, self.max_rank)
+        return self._kernels.Work(table, scales, tiles.table[: tiles.num_adapted], tiles.block_m, self.max_rank)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
     table: torch.Tensor
+    """Of all rows; those without a slot come last."""
     block_m: int
     segments: list[tuple[int, int, int]]
-    """What the table was cut from, as of cut_segments."""
+    """What the adapted rows' tiles were cut from, as of cut_segments."""
+    num_adapted: int
+    """The first so many tiles may have slots."""
 
     @classmethod
     def of(cls, row_slot: np.ndarray, device: torch.device) -> _Tiles | None:
@@ -122,11 +133,11 @@ class _Tiles:
         segments = cut_segments(row_slot)
         if not segments:
             return None
-        bounds = torch.tensor([s[:2] for s in segments], dtype=torch.int32).view(-1, 2)
-        slots = torch.tensor([s[2] for s in segments], dtype=torch.int32)
         block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), len(segments))
-        table = upload(build_tiles(bounds, slots, block_m), device)
-        return cls(table, block_m, segments)
+        every = cut_segments(np.where(row_slot == NO_SLOT, BASE, row_slot))
+        bounds = torch.tensor([s[:2] for s in every], dtype=torch.int32)
+        table = build_tiles(bounds, torch.tensor([s[2] for s in every]), block_m)
+        return cls(upload(table, device), block_m, segments, int((table[:, 2] != BASE).sum()))
 
 
 def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:

@@ -120,7 +120,10 @@ def test_preempted_equals_undisturbed(world: World) -> None:
     config.close()
     with world.engine(kv_cache_gib=8 * page_bytes / 2**30) as engine:
         assert engine._engine.parts.scheduler.pages.num_pages == 8
-        world.check(engine)
+        for _ in range(5):  # how many requests meet is a matter of time, on a busy machine
+            world.check(engine)
+            if engine.stats().preemptions:
+                break
         assert engine.stats().preemptions > 0
         check_pools(engine)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from multigraft.kernels import lora_reference, lora_triton
+from multigraft.kernels.tiles import BASE, cut_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 WIDTH = {4: 600, 64: 2100}
@@ -120,3 +121,32 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
     case.check_rows(forward(case, torch.zeros_like(case.y), 4), case.delta(), 1e-2)
     work = lora_triton.Work(case.table, case.scales, case.tiles(64), 64, case.max_rank)
     assert lora_triton.backward(case.y, case.x, case.arena, work, case.out_features)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("block_m", [4, 64])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gated(lora_case, dtype, block_m, device):
+    """SwiGLU of gate and up with their adapters' outputs; rows without an adapter get it, too, and y nothing."""
+    ranks = [[3, 33], [0, 0], [64, 1], [8, 0], [5, 5]]
+    segments = [(1, 2, 0), (4, 25, 2), (25, 26, 3), (27, 31, 1), (31, 33, 3), (33, 50, 0)]
+    case = lora_case(ranks, segments, 320, [530, 530], dtype, num_rows=57, device=device)
+    case.y[case.gap_rows()] *= 3
+    y = case.y.clone()
+    gate, up = (y.double().cpu() + case.delta()).chunk(2, dim=1)
+    expected = gate * torch.sigmoid(gate) * up
+    row_slot = torch.full((57,), BASE)
+    for first, stop, slot in segments:
+        row_slot[first:stop] = slot
+    every = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m)).to(device)
+    work = lora_triton.Work(case.table, case.scales, case.tiles(block_m), block_m, case.max_rank)
+    z = lora_triton.gated(y, case.x, case.arena, work, every)
+    assert z.dtype == dtype and torch.equal(y, case.y)
+    for row in range(57):
+        error = (z[row].double().cpu() - expected[row]).norm()
+        assert error <= 2 * TOLERANCE[dtype] * expected[row].norm(), (row, float(error))  # a product of two
+    # The base model's part alone, as in a step whose adapters act elsewhere.
+    nothing = case.table.clone()
+    nothing[:, :, 2] = 0
+    base = lora_triton.gated(y, case.x, case.arena, work._replace(table=nothing), every, adapted=False)
+    gate, up = y.double().cpu().chunk(2, dim=1)
+    assert (base.double().cpu() - gate * torch.sigmoid(gate) * up).norm() <= TOLERANCE[dtype] * base.double().norm()

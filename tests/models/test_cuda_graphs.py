@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -34,7 +35,7 @@ def test_padded_sizes_hold_every_row_count():
 
 
 def test_max_tiles_bounds_any_split():
-    assert max_tiles(256, 4) == 4 + 63 and max_tiles(8, 300) == 8
+    assert max_tiles(256, 4) == 6 + 62 and max_tiles(8, 300) == 8
 
 
 class Checked:
@@ -97,8 +98,8 @@ def test_graphs_equal_plain_modules(tmp_path: Path):
         rng = torch.Generator().manual_seed(0)
         prompts = [torch.randint(3, VOCAB, (3 + 5 * i % 37,), generator=rng).tolist() for i in range(45)]
         sampling = [SamplingParams(temperature=0.0, max_tokens=4 + i % 23, ignore_eos=True) for i in range(45)]
-        names = [None, *adapters]
-        names.remove("ends")
+        linears = [name for name in adapters if name not in (*METHODS, "ends")]
+        names = [n for pair in zip(linears, cycle(METHODS)) for n in pair] + [None]  # both kinds side by side
         mixed = [names[i % len(names)] for i in range(45)]
         for names in ([None] * 45, mixed, [cases[1].name] * 45, ["loreft", "direft"] * 22 + [None]):
             results = engine.generate(prompts, sampling, names)
