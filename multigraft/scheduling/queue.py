@@ -55,7 +55,7 @@ class WaitingQueue:
         self.lanes: dict[int, Lane] = {}
         """Of requests that need their adapter on the device, by AdapterRef.uid. Never empty ones."""
         self.free: dict[int, Lane] = {}
-        """Of requests that need none, by AdapterRef.uid or BASE: activated LoRAs that are not invoked, the base model."""
+        """Of requests that need none, by AdapterRef.uid or BASE: activated LoRAs not invoked, and the base model."""
         self.tenants: dict[str | None, Tenant] = {}
         self.num_waiting = 0
 
