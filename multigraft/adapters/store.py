@@ -209,7 +209,7 @@ class AdapterStore:
     def resolve(self, name: str) -> AdapterRef:
         """The current version of a name, or ModelNotFound.
 
-        The first use of an adapter of register_dir inspects it, which takes about 1 ms and may raise AdapterError.
+        The first use of an adapter of register_dir inspects it, which waits for the disk and may raise AdapterError.
         """
         with self._lock:
             known = self._find(name)

@@ -43,7 +43,7 @@ def layers(part) -> int:
 
 @pytest.mark.parametrize(("decodes", "want"), [(0, 25), (1, 19), (40, 10), (77, 0), (200, 0)])
 def test_parts_fill_the_time_that_the_targets_leave(decodes: int, want: int) -> None:
-    """40 decodes take 40 of 80 ms: ten layers of 4 ms remain. An idle part lasts as long as a prompt may wait, 100 ms."""
+    """40 decodes take 40 of 80 ms: ten layers of 4 ms remain. An idle part lasts 100 ms."""
     s = share()
     part = s.grant(batch(decodes), WORK, 0)
     assert layers(part) == want
