@@ -185,6 +185,16 @@ class AdapterStore:
             if current is not None:
                 self._retire(current)
 
+    def unregister_unused(self, name: str) -> bool:
+        """Forget a name, if there is one; False, and nothing changed, while a request holds its current version."""
+        with self._lock:
+            known = self._names.get(name)
+            if known is not None and known.current is not None and known.current.users:
+                return False
+            if known is not None:
+                self.unregister(name)
+            return True
+
     def __contains__(self, name: str) -> bool:
         """Whether the name is registered."""
         with self._lock:
@@ -199,7 +209,7 @@ class AdapterStore:
     def resolve(self, name: str) -> AdapterRef:
         """The current version of a name, or ModelNotFound.
 
-        The first use of an adapter of register_dir inspects it, which takes about 1 ms and may raise AdapterError.
+        The first use of an adapter of register_dir inspects it, which waits for the disk and may raise AdapterError.
         """
         with self._lock:
             known = self._find(name)

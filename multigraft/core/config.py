@@ -103,6 +103,9 @@ class TrainingConfig:
     """Time to the first token that training must leave possible, in ms."""
     tpot_slo_ms: float = 100.0
     """Time between two tokens of a request that training must leave possible, in ms."""
+    keep_checkpoints: int = 5
+    """Newest checkpoints that each job keeps and serves; the one with the lowest validation loss stays besides, and
+    those that running requests use. 0 keeps all."""
     train_priority: float = 1.0
     """Share of the time left under those two that training may take, 0 to 1. Without requests it takes all."""
 

@@ -138,5 +138,7 @@ class TrainingStats:
     jobs: Mapping[JobStatus, int] = field(default_factory=dict)
     trained_tokens: int = 0
     steps: int = 0
+    granted_seconds: float = 0.0
+    """Time of the engine's steps that training was granted, as predicted."""
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of each running job, by id: its newest metrics by name."""

@@ -110,6 +110,9 @@ class AsyncEngine:
             raise ShuttingDown("The server is shutting down and takes no new requests.")
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
             prompt = await asyncio.to_thread(self.tokenize, prompt)
+        store = self.parts.store
+        if model is not None and model in store and store.current(model) is None:
+            await asyncio.to_thread(store.resolve, model)  # its first use reads its config
         submissions = await self._prepare(prompt, sampling, model, scope, request_id, priority)
         queue: asyncio.Queue[Output] = asyncio.Queue()
         running: set[str] = set()

@@ -31,6 +31,10 @@ class EngineTraining:
         return self.engine.model_name
 
     @property
+    def granted_seconds(self) -> float:
+        return self.parts.scheduler.training.granted_seconds
+
+    @property
     def tokenizer(self) -> EngineTokenizer:
         return EngineTokenizer(self.engine)
 
@@ -65,6 +69,9 @@ class EngineTraining:
 
     async def publish(self, name: str, folder: Path) -> None:
         await self.engine.load_adapter(name, str(folder), in_place=True, validate=False)  # we wrote it
+
+    def withdraw(self, name: str) -> bool:
+        return self.parts.store.unregister_unused(name)
 
     def _design(self, spec: JobSpec) -> AdapterDesign:
         limit = self.parts.config.adapters.max_lora_rank

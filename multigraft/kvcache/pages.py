@@ -136,15 +136,6 @@ class PagePool:
         request.page_keys = []
         request.num_computed = 0
 
-    def drop(self, cache_key: tuple[int, str]) -> None:
-        """Forget the cached prefixes of an adapter version that no request will name again."""
-        for namespace in [n for n in self._index if n is not None and n[0] == cache_key]:
-            for entry in self._index.pop(namespace).values():
-                del self._entries[entry.page]
-                if self._refs[entry.page] == 0:
-                    del self._cached[entry.page]
-                    self._free.append(entry.page)
-
     def check_integrity(self, requests: Iterable[Request] | None = None) -> None:
         """Assert the pool's invariants; with the requests that hold pages, also that the counts are theirs."""
         held = [page for page in range(self.num_pages) if self._refs[page]]

@@ -16,6 +16,7 @@ _OF_JOBS = (
     ("learning_rate", "Learning rate of the last step.", "learning_rate"),
     ("step_seconds", "Time from the step before to the last one, in seconds.", "step_seconds"),
     ("tokens_per_second", "Tokens of the last step, without padding, by its time.", "tokens_per_second"),
+    ("budget_granted", "Share of the time since the step before that all of training was granted.", "budget_granted"),
     ("valid_loss", "Loss of the last validation.", "valid_loss"),
 )
 
@@ -35,6 +36,7 @@ class TrainingCollector:
         for name, text, value in (
             ("multigraft:training_tokens", "Tokens trained on, without padding.", stats.trained_tokens),
             ("multigraft:training_steps", "Optimizer steps of all jobs.", stats.steps),
+            ("multigraft:training_granted_seconds", "Time of steps granted to training.", stats.granted_seconds),
         ):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self.model_name], value)

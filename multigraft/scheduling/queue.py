@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from multigraft.core.request import AdapterRef, Request
 
 BASE = 0
-"""Lane of requests without adapter; AdapterRef.uid is never 0."""
+"""Key of the lane of requests without adapter; AdapterRef.uid is never 0."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,15 +27,12 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """The waiting requests of one adapter version: by priority, then in order of arrival."""
+    """The waiting requests of one adapter version that need it on the device, or those that do not: by priority, then
+    in order of arrival."""
 
     ref: AdapterRef | None
     tenant: Tenant
     entries: list[tuple[int, int, Request]] = field(default_factory=list)
-
-    @property
-    def key(self) -> int:
-        return BASE if self.ref is None else self.ref.uid
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +53,9 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self.lanes: dict[int, Lane] = {}
-        """Never empty ones, by AdapterRef.uid or BASE."""
+        """Of requests that need their adapter on the device, by AdapterRef.uid. Never empty ones."""
+        self.free: dict[int, Lane] = {}
+        """Of requests that need none, by AdapterRef.uid or BASE: activated LoRAs not invoked, and the base model."""
         self.tenants: dict[str | None, Tenant] = {}
         self.num_waiting = 0
 
@@ -81,24 +81,33 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Put a request into its lane; one that comes back finds its old place."""
         tenant = self.tenant(request)
-        key = _lane_key(request)
-        lane = self.lanes.get(key)
+        lanes, key = self._place(request)
+        lane = lanes.get(key)
         if lane is None:
-            lane = self.lanes[key] = Lane(request.adapter, tenant)
+            lane = lanes[key] = Lane(request.adapter, tenant)
         insort(lane.entries, (request.priority, request.arrival, request))
         tenant.waiting += 1
         self.num_waiting += 1
 
     def remove(self, request: Request) -> None:
-        key = _lane_key(request)
-        lane = self.lanes[key]
+        lanes, key = self._place(request)
+        lane = lanes[key]
         place = bisect_left(lane.entries, (request.priority, request.arrival), key=lambda entry: entry[:2])
         assert lane.entries[place][2] is request
         del lane.entries[place]
         lane.tenant.waiting -= 1
         self.num_waiting -= 1
         if not lane.entries:
-            del self.lanes[key]
+            del lanes[key]
+
+    def _place(self, request: Request) -> tuple[dict[int, Lane], int]:
+        lanes = self.lanes if request.adapted else self.free
+        return lanes, BASE if request.adapter is None else request.adapter.uid
+
+    def __iter__(self) -> Iterator[Request]:
+        for lane in (*self.lanes.values(), *self.free.values()):
+            for *_, request in lane.entries:
+                yield request
 
     def forget(self) -> None:
         """Start all counters anew: to call when nothing waits or runs."""
@@ -106,19 +115,16 @@ class WaitingQueue:
         self.tenants.clear()
 
     def check_integrity(self) -> None:
-        assert self.num_waiting == sum(len(lane.entries) for lane in self.lanes.values())
         waiting = dict.fromkeys(self.tenants, 0)
-        for key, lane in self.lanes.items():
-            assert lane.entries and lane.key == key and lane.entries == sorted(lane.entries)
-            assert self.tenants[lane.tenant.name] is lane.tenant
-            assert all(_lane_key(r) == key for *_, r in lane.entries)
-            waiting[lane.tenant.name] += len(lane.entries)
+        for lanes in (self.lanes, self.free):
+            for key, lane in lanes.items():
+                assert lane.entries and lane.entries == sorted(lane.entries)
+                assert self.tenants[lane.tenant.name] is lane.tenant
+                assert all(self._place(r) == (lanes, key) for *_, r in lane.entries)
+                waiting[lane.tenant.name] += len(lane.entries)
+        assert self.num_waiting == sum(waiting.values())
         assert all(t.waiting == waiting[name] and t.running >= 0 for name, t in self.tenants.items())
 
 
 def _tenant_name(request: Request) -> str | None:
     return None if request.adapter is None else request.adapter.name
-
-
-def _lane_key(request: Request) -> int:
-    return BASE if request.adapter is None else request.adapter.uid

@@ -13,7 +13,7 @@ from multigraft.core.errors import CapacityExceeded, InvalidRequest
 from multigraft.core.request import FinishReason, Request
 from multigraft.kvcache.pages import PagePool
 
-from .queue import BASE, Lane, Tenant, WaitingQueue
+from .queue import Lane, Tenant, WaitingQueue
 from .residency import Residency
 from .training import TrainingShare, TrainWork
 
@@ -40,9 +40,10 @@ class Scheduler:
 
     Order of admission: priority (lower first); tenants that are overdue; requests that were preempted; the tenant
     with least service; arrival. Without `fairness`, and with a single tenant, that is first come, first served.
-    Requests whose adapter is not ready let others pass. A request is admitted with pages for all of its tokens, and
-    one free page for each running request stays, so only decodes can run out of pages; then the latest admitted of
-    the lowest priority is preempted: it keeps its tokens and is computed again.
+    Requests whose adapter is not ready let others pass; an activated LoRA that the prompt does not invoke is not
+    waited for. A request is admitted with pages for all of its tokens, and one free page for each running request
+    stays, so only decodes can run out of pages; then the latest admitted of the lowest priority is preempted: it keeps
+    its tokens and is computed again.
 
     Bounds, among requests of equal priority:
     - Room. A tenant that has nothing running, but an adapter that is ready, and is first in line, finds room within
@@ -95,13 +96,13 @@ class Scheduler:
                 f"The request may grow to {request.max_len} tokens, and the KV cache holds {self.pages.num_pages} "
                 f"pages of {self.pages.page_size} = {self.pages.num_pages * self.pages.page_size} tokens."
             )
-        if request.adapter is not None:
+        if request.adapter is not None and request.adapted:
             self.residency.check(request.adapter)
         self._num_arrived += 1
         request.arrival = self._num_arrived
         self._requests[request.id] = request
         self._queue.arrive(request, self._step)
-        if request.adapter is not None:
+        if request.adapter is not None and request.adapted:
             self.residency.want(request.adapter.uid)
 
     def abort(self, request_id: str) -> Request | None:
@@ -208,7 +209,7 @@ class Scheduler:
         self._queue.check_integrity()
         self.residency.check_integrity()
         self.pages.check_integrity(self._running)
-        waiting = [request for lane in self._queue.lanes.values() for *_, request in lane.entries]
+        waiting = list(self._queue)
         assert len(self._running) <= self.config.max_num_seqs
         assert len(waiting) + len(self._running) == len(self._requests)
         assert all(self._requests[r.id] is r and r.finish_reason is None for r in [*waiting, *self._running])
@@ -331,8 +332,8 @@ class Scheduler:
 
     def _open_lanes(self) -> list[Lane]:
         """Lanes whose requests could start now, as far as adapters are concerned."""
-        lanes = self._queue.lanes
-        return [lanes[key] for key in (BASE, *self.residency.open()) if key in lanes]
+        queue = self._queue
+        return [*queue.free.values(), *(queue.lanes[uid] for uid in self.residency.open() if uid in queue.lanes)]
 
     def _rank(self, lane: Lane) -> Rank:
         """Order of admission; no two lanes are equal."""
@@ -363,7 +364,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._queue.push(request)
-        if request.adapter is not None:
+        if request.adapter is not None and request.adapted:
             self.residency.want(request.adapter.uid)
         batch.preempted.append(request)
 
@@ -384,8 +385,9 @@ class Scheduler:
 
     def _unqueue(self, request: Request) -> None:
         self._queue.remove(request)
-        if request.adapter is not None and request.adapter.uid not in self._queue.lanes:
-            self.residency.unwant(request.adapter.uid)
+        adapter = request.adapter
+        if adapter is not None and request.adapted and adapter.uid not in self._queue.lanes:
+            self.residency.unwant(adapter.uid)
 
 
 def _lay_out(*phases: Buckets) -> list[Span]:

@@ -50,6 +50,8 @@ class TrainingShare:
     def __init__(self, config: TrainingConfig, model: StepTimeModel | None = None):
         self.config = config
         self.model = model
+        self.granted_seconds = 0.0
+        """By which the parts granted so far lengthened their steps, as predicted; those before the first fit aside."""
         self._shapes: deque[StepShape] = deque(maxlen=MEMORY)
         self._seconds: deque[float] = deque(maxlen=MEMORY)
         self._until_fit = FIRST_FIT
@@ -72,7 +74,12 @@ class TrainingShare:
                 high = middle - 1
         idle = not batch.spans and not num_waiting
         layers = max(low, 1) if idle else low
-        return work.part(layers) if layers else None
+        if not layers:
+            return None
+        part = work.part(layers)
+        before = 0.0 if idle else self.model.predict(shape)
+        self.granted_seconds += max(0.0, self.model.predict(_with(shape, part)) - before)
+        return part
 
     def _limit(self, shape: StepShape, num_waiting: int) -> float:
         """Seconds that the step may take."""

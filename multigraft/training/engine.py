@@ -29,6 +29,11 @@ class TrainingEngine(Protocol):
     def model_name(self) -> str: ...
 
     @property
+    def granted_seconds(self) -> float:
+        """Time of its steps that training, all jobs together, was granted so far. It only grows."""
+        ...
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Its methods are called off the loop."""
         ...
@@ -60,6 +65,10 @@ class TrainingEngine(Protocol):
 
     async def publish(self, name: str, folder: Path) -> None:
         """Serve an adapter folder under a name, in place of what had it before."""
+        ...
+
+    def withdraw(self, name: str) -> bool:
+        """Serve a name no more, which may be gone already; False, and nothing changed, while requests use it."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,8 @@ class Shared:
     engine: TrainingEngine
     turns: asyncio.Semaphore
     """As many as jobs may run at once; first come, first served."""
+    keep_checkpoints: int
+    """Of a job, the newest; 0: all."""
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Tokenising competes with the engine for the interpreter: one file at a time."""
     room: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -90,7 +93,7 @@ class JobRun:
         """While it has a turn."""
         self._task: asyncio.Task[None] | None = None
         self._commands = asyncio.Lock()
-        self._pace = Pace()
+        self._pace = Pace(shared.engine.granted_seconds)
 
     @property
     def id(self) -> str:
@@ -208,7 +211,7 @@ class JobRun:
             step=job.step,
             trained_tokens=job.trained_tokens,
         )
-        self._pace = Pace()
+        self._pace = Pace(self._shared.engine.granted_seconds)
         deliver = _deliverer(self._inbox)
 
         def tell(event: Event) -> None:
@@ -257,19 +260,19 @@ class JobRun:
 
     async def _record(self, events: list[Event], trackers: Trackers) -> None:
         """Metrics of steps and validations."""
+        shared = self._shared
+        num_steps = sum("train_loss" in event.data for event in events)
+        tokens = sum(int(event.data.get("tokens", 0)) for event in events)
+        shared.trained_tokens += tokens
+        shared.steps += num_steps
+        if num_steps:
+            pace = self._pace.observe(num_steps, tokens, shared.engine.granted_seconds)
+            events = [replace(e, data=e.data | pace) if "train_loss" in e.data else e for e in events]
         rows = []
-        num_steps = tokens = 0
         for event in events:
-            if "train_loss" in event.data:
-                num_steps += 1
-                tokens += int(event.data["tokens"])
             self.metrics |= event.data
             data = {"step": event.step, "total_steps": self.row.total_steps, **event.data}
             rows.append(self.event(_describe(data), data=data))
-        self._shared.trained_tokens += tokens
-        if num_steps:
-            self._shared.steps += num_steps
-            self.metrics |= self._pace.observe(num_steps, tokens)
         await self._update(*rows, step=events[-1].step, trained_tokens=self.row.trained_tokens + tokens)
         await asyncio.to_thread(trackers.log, events)
         if trackers.failure is not None:
@@ -292,6 +295,18 @@ class JobRun:
         event = self.event(f"Checkpoint created at step {step}: {row.model}")
         await off_loop(self._store.add_checkpoint, row, snapshot.write, [event])
         await self._shared.engine.publish(row.model, self._store.checkpoint_folder(row) / "adapter")
+        await self._drop_checkpoints()
+
+    async def _drop_checkpoints(self) -> None:
+        """Those beyond the limit, the oldest first; never the best, nor one that requests use."""
+        limit = self._shared.keep_checkpoints
+        rows = await asyncio.to_thread(self._store.checkpoints, self.id)
+        losses = {row.id: loss for row in rows if (loss := json.loads(row.metrics).get("valid_loss")) is not None}
+        best = min(losses, key=losses.__getitem__, default=None)
+        for row in rows[:-limit] if limit else ():
+            if row.id != best and self._shared.engine.withdraw(row.model):
+                event = self.event(f"Checkpoint of step {row.step} removed: the newest {limit} and the best are kept")
+                await asyncio.to_thread(self._store.drop_checkpoint, row, event)
 
     # Ends ------------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class TrainingManager:
 
     def __init__(self, store: TrainingStore, engine: TrainingEngine, config: TrainingConfig):
         self._store = store
-        self._shared = Shared(store, engine, asyncio.Semaphore(config.max_training_jobs))
+        self._shared = Shared(store, engine, asyncio.Semaphore(config.max_training_jobs), config.keep_checkpoints)
         self._runs: dict[str, JobRun] = {}
         """Of the jobs that have not ended, by id."""
         self._ended: Counter[JobStatus] = Counter()
@@ -238,6 +238,7 @@ class TrainingManager:
             jobs=self._ended + Counter(run.status for run in self._runs.values()),
             trained_tokens=self._shared.trained_tokens,
             steps=self._shared.steps,
+            granted_seconds=self._shared.engine.granted_seconds,
             metrics={run.id: dict(run.metrics) for run in running},
         )
 

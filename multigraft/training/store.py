@@ -288,9 +288,18 @@ class TrainingStore:
         rows = self._select(CheckpointRow, "WHERE job_id = ? AND id = ?", [job_id, checkpoint_id])
         return _only(rows, f"Job {job_id!r} has no checkpoint {checkpoint_id!r}.")
 
-    def checkpoints(self) -> list[CheckpointRow]:
-        """Of every job, the oldest first."""
-        return self._select(CheckpointRow, "ORDER BY seq")
+    def checkpoints(self, job_id: str | None = None) -> list[CheckpointRow]:
+        """Of a job or of all, the oldest first."""
+        if job_id is None:
+            return self._select(CheckpointRow, "ORDER BY seq")
+        return self._select(CheckpointRow, "WHERE job_id = ? ORDER BY seq", [job_id])
+
+    def drop_checkpoint(self, row: CheckpointRow, event: EventRow) -> None:
+        """The event says so. Killed in between, the next start removes what is left."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM checkpoints WHERE id = ?", [row.id])
+            self._insert(db, event)
+        shutil.rmtree(self.checkpoint_folder(row), ignore_errors=True)
 
     def drop_state(self, job_id: str) -> None:
         """Of a job that will never go on."""

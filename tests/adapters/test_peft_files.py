@@ -151,6 +151,9 @@ def test_scope(make_folder, sites):
     assert inspect(make_folder("p", config={"adapter_scope": "prefill"}), sites, max_rank=8).scope is Scope.PREFILL
     with pytest.raises(AdapterError, match="adapter_scope is 'decode'; it must be 'all' or 'prefill'"):
         inspect(make_folder("d", config={"adapter_scope": "decode"}), sites, max_rank=8)
+    activated = make_folder("a", config={"adapter_scope": "prefill", "alora_invocation_tokens": [5]})
+    with pytest.raises(AdapterError, match="scope cannot be 'prefill', only 'all': an activated LoRA acts from"):
+        inspect(activated, sites, max_rank=8)
 
 
 REFUSED_FIELDS = [

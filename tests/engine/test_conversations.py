@@ -9,10 +9,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 
 from multigraft import AsyncEngine, SamplingParams, Scope
+from multigraft.adapters import peft_files
 from multigraft.engine.offline import make_config
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
@@ -129,8 +131,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_answer_is_what_a_model_without_cache_gives(world: World, seed: int) -> None:
+def test_every_answer_is_what_a_model_without_cache_gives(
+    world: World, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(seed)
+    readers = []
+    inspect = peft_files.inspect
+    monkeypatch.setattr(peft_files, "inspect", lambda *a, **k: readers.append(get_ident()) or inspect(*a, **k))
     page_bytes = 2 * 3 * PAGE * 2 * 16 * 4  # k and v, layers, tokens, key/value heads, head size, float32
 
     async def run() -> list[Turn]:
@@ -157,6 +164,7 @@ def test_every_answer_is_what_a_model_without_cache_gives(world: World, seed: in
         return turns
 
     turns = asyncio.run(run())
+    assert readers and get_ident() not in readers, "the loop waited for a disk"
     assert len({turn.kind.model for turn in turns}) >= 6
     for turn in turns:
         world.check(turn)

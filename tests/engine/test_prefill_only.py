@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from multigraft import Engine, SamplingParams
@@ -135,39 +137,50 @@ def test_rule_2_the_last_prompt_token_is_adapted_and_yields_the_first_output(lla
 
 
 def many_adapters(world: World, folder: Path, count: int) -> dict[str, Path]:
-    return {
-        f"user{i}": write_adapter(world.checkpoint, folder / f"user{i}", Case(f"user{i}", CASES[0].config), seed=i)
-        for i in range(count)
-    }
+    """Copies of one adapter with factors of their own."""
+    tensors = load_file(world.adapters["all8"] / "adapter_model.safetensors")
+    for i in range(count):
+        shutil.copytree(world.adapters["all8"], folder / f"user{i}")
+        generator = torch.Generator().manual_seed(i)
+        own = {key: torch.randn(t.shape, generator=generator, dtype=t.dtype) * t.std() for key, t in tensors.items()}
+        save_file(own, folder / f"user{i}" / "adapter_model.safetensors")
+    return {f"user{i}": folder / f"user{i}" for i in range(count)}
 
 
-def test_rule_3_64_users_of_64_adapters_decode_together_over_4_slots(llama: World, tmp_path: Path) -> None:
-    adapters = many_adapters(llama, tmp_path, 64)
-    length = 96  # long enough that the last is admitted before the first ends
+def test_rule_3_256_users_of_256_adapters_decode_together_over_4_slots(llama: World, tmp_path: Path) -> None:
+    count, length = 256, 160  # so many tokens that the last is admitted before the first ends
+    adapters = many_adapters(llama, tmp_path, count)
     rng = random.Random(7)
     prompts = [prompt_of(rng, rng.randint(3, 12)) for _ in adapters]
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
     with Engine(
-        str(llama.checkpoint), device=DEVICE, max_loras=4, kv_cache_gib=0.05, adapter_memory_gib=0.01
+        str(llama.checkpoint),
+        device=DEVICE,
+        max_loras=4,
+        max_num_seqs=count,
+        kv_cache_gib=0.1,
+        adapter_memory_gib=0.01,
+        max_cpu_loras=count,
     ) as engine:
         for name, path in adapters.items():
             engine.load_adapter(name, str(path), scope="prefill")
         parts = engine._engine.parts
-        together = []
+        together = 0
         run = parts.runner.execute
 
         def execute(batch: Batch, late=None, riding=None):
+            nonlocal together
             if all(span.phase is Phase.DECODE for span in batch.spans):
-                together.append(len(batch.spans))
+                together = max(together, len(batch.spans))
                 assert all(span.slot is None and span.request.slot is None for span in batch.spans)
             return run(batch, late)
 
         parts.runner.execute = execute
         results = engine.generate(prompts, sampling, list(adapters))
-        assert max(together) == 64
-        assert parts.bank.max_slots == 4 and engine.stats().adapter_loads == 64
+        assert together == count
+        assert parts.bank.max_slots == 4 and engine.stats().adapter_loads == count
         parts.scheduler.check_integrity()
-    for i in range(0, 64, 9):
+    for i in range(0, count, 51):
         n = len(prompts[i])
         want = llama.reference.generate(prompts[i], adapters[f"user{i}"], 24, lambda p, n=n: p < n)
         assert results[i].completions[0].token_ids[:24] == want

@@ -122,8 +122,6 @@ def test_pages_before_an_invocation_are_the_base_models(pool):
     assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 0], ALORA)) == turn.pages[:2]
     assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 0])) == base.pages[:1]
     assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 7], ALORA)) == base.pages[:1], "invoked later: base until there"
-    pool.drop(ALORA.cache_key)
-    assert pool.match(request([1, 2, 3, 4, 5, 7, 8, 9, 0], ALORA)) == base.pages[:1]
 
 
 def test_a_generated_invocation_is_one_only_in_the_next_prompt(pool):
@@ -220,18 +218,6 @@ def test_an_evicted_parent_hides_its_children(pool):
     assert pool.allocate(filler)
     assert pool.match(request([5] * 13)) == []
     pool.check_integrity([b, filler])
-
-
-def test_drop_forgets_one_adapter(pool):
-    a, b = compute(pool, request(range(8), ALL)), compute(pool, request(range(8)))
-    pool.free(b)
-    pool.drop(ALL.cache_key)
-    pool.check_integrity([a])
-    assert pool.match(request(range(9), ALL)) == [] and len(pool.match(request(range(9)))) == 2
-    pool.free(a)
-    pool.drop((77, "all"))
-    pool.check_integrity([])
-    assert pool.num_free == 8
 
 
 def test_integrity_notices_a_leak(pool):

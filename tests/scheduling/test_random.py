@@ -128,10 +128,6 @@ class Lives(RuleBasedStateMachine):
     def failing_step(self):
         self.engine.step(fail=True)
 
-    @rule(adapter=st.sampled_from(ADAPTERS[1:13]))
-    def forget(self, adapter):
-        self.engine.scheduler.pages.drop(adapter.cache_key)
-
     @invariant()
     def is_consistent(self):
         if hasattr(self, "engine"):

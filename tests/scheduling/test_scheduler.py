@@ -331,6 +331,22 @@ def test_spans_without_adapted_positions_have_no_slot():
     assert seen == [(0, 6, None), (6, 6, slot), (12, 2, slot), (14, 1, slot)]
 
 
+def test_an_activated_lora_that_is_not_invoked_needs_no_load():
+    """Not even one that never comes, nor a device without slots; its requests still count as its tenant's."""
+    activated = AdapterRef("activated", 61, 101, region=FromInvocation((7, 7)))
+    e = SimulatedEngine(max_slots=0, max_bytes=100, num_pages=8, page_size=4, budget=64, prefix_caching=False)
+    for id, first in (("a", 1), ("b", 3)):
+        r = e.add(endless(id, prompt(11, first), 20, activated))
+        assert not r.adapted and e.scheduler.waiting_adapters == ("activated",)
+    batch = e.step()
+    assert not batch.loads and [s.slot for s in batch.spans] == [None, None]
+    assert e.scheduler.running_adapters == ("activated",) and not e.scheduler.residency.missing
+    e.run()
+    assert e.scheduler.num_preemptions > 0
+    with pytest.raises(CapacityExceeded, match="max-loras 0"):
+        e.add(make_request("c", [1, 7, 7], 4, activated))
+
+
 def test_refusals():
     e = SimulatedEngine(num_pages=8, page_size=4, max_bytes=100)
     with pytest.raises(CapacityExceeded, match=r"33 tokens.*8 pages of 4 = 32 tokens"):

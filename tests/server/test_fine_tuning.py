@@ -134,6 +134,7 @@ async def test_a_job_from_data_to_served_model(openai, http, engine):
     assert 'multigraft:training_jobs{model_name="base",state="succeeded"} 1.0' in metrics
     assert f'multigraft:training_tokens_total{{model_name="base"}} {done.trained_tokens}.0' in metrics
     assert 'multigraft:training_steps_total{model_name="base"} 6.0' in metrics
+    assert 'multigraft:training_granted_seconds_total{model_name="base"} ' in metrics
 
 
 async def test_the_adapter_downloads_as_a_folder_for_peft(openai, http, training, tmp_path):

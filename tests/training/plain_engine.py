@@ -35,6 +35,10 @@ class PlainEngine:
         self.diverge_at: dict[str, int] = {}
         """Job to the step in which its loss becomes NaN."""
         self.delay = delay
+        self.granted_seconds = 0.0
+        """A tenth of a second with each microbatch."""
+        self.in_use: set[str] = set()
+        """Names that are not withdrawn."""
         self._publish = publish
         self._world = World()
         self._executor = ReferenceExecutor(self._world.model, self._world.sites)
@@ -83,6 +87,12 @@ class PlainEngine:
         if self._publish is not None:
             await self._publish(name, str(folder), in_place=True)
 
+    def withdraw(self, name: str) -> bool:
+        if name in self.in_use:
+            return False
+        self.published.pop(name, None)
+        return True
+
     # The loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
@@ -101,6 +111,7 @@ class PlainEngine:
         try:
             microbatch = job.next()
             if microbatch is not None:
+                self.granted_seconds += 0.1
                 result = self._executor.run(microbatch)
                 if self.diverge_at.get(job.id) == job.step:
                     result.loss = torch.tensor(float("nan"))

@@ -242,6 +242,41 @@ async def test_cancel_at_once(engine, tmp_path):
         assert (await messages(manager, job))[0] == "The job is cancelled"
 
 
+async def test_old_checkpoints_go(engine, tmp_path):
+    """The newest two stay, the best, and one that a request used when its turn to go came."""
+    async with opened(engine, tmp_path, keep_checkpoints=2) as manager:
+        train, valid = await add_file(manager), await add_file(manager, 3)
+        request = JobRequest(
+            model="org/base",
+            training_file=train.id,
+            validation_file=valid.id,
+            hyperparameters={"n_epochs": 4, "batch_size": 4, "learning_rate": 1.0, "schedule": "constant"}
+            | {"checkpoint_steps": 1, "eval_interval": 1},
+            seed=1,
+        )
+        engine.delay = 0.01
+        job = await manager.create(request)
+        while not (found := (await manager.checkpoints(job.id)).data):
+            await asyncio.sleep(0.002)
+        engine.in_use.add(found[-1].model)
+        job = await until(manager, job, JobStatus.SUCCEEDED)
+        events = (await manager.events(job.id, limit=1000)).data
+        losses = {e.data["step"]: e.data["valid_loss"] for e in events if e.data and "valid_loss" in e.data}
+        best = min(losses, key=losses.get)
+        steps = {c.step for c in (await manager.checkpoints(job.id)).data}
+        assert steps == {found[-1].step, best, 7, 8} and len(losses) == 8
+        folders = {int(path.name) for path in tmp_path.glob("jobs/*/checkpoints/*")}
+        assert folders == steps
+        assert set(engine.published) == {job.fine_tuned_model} | {
+            f"{job.fine_tuned_model}:ckpt-step-{s}" for s in steps
+        }
+        gone = [e.message for e in events if "removed" in e.message]
+        assert len(gone) == 8 - len(steps) and all("newest 2 and the best are kept" in text for text in gone)
+        step = next(e.data for e in events if e.data and "train_loss" in e.data)
+        assert {"grad_norm", "learning_rate", "tokens", "step_seconds", "train_mean_token_accuracy"} <= set(step)
+        assert 0 < step["budget_granted"] <= 1
+
+
 async def test_commands_at_the_same_time(engine, tmp_path):
     engine.delay = 0.01
     async with opened(engine, tmp_path) as manager:
@@ -254,11 +289,11 @@ async def test_commands_at_the_same_time(engine, tmp_path):
 
 def test_pace_by_hand():
     times = iter((0.0, 2.0, 6.0))
-    pace = Pace(clock=lambda: next(times))
+    pace = Pace(3.0, clock=lambda: next(times))
     assert pace.seconds_for(5) is None
-    assert pace.observe(1, 10) == {"step_seconds": 2.0, "tokens_per_second": 5.0}
+    assert pace.observe(1, 10, 3.5) == {"step_seconds": 2.0, "tokens_per_second": 5.0, "budget_granted": 0.25}
     assert pace.seconds_for(5) == 10.0
-    assert pace.observe(4, 40) == {"step_seconds": 1.0, "tokens_per_second": 10.0}
+    assert pace.observe(4, 40, 9.5) == {"step_seconds": 1.0, "tokens_per_second": 10.0, "budget_granted": 1.0}
     assert pace.seconds_for(10) == pytest.approx(19.0)
 
 
