@@ -19,6 +19,7 @@ import asyncio
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,43 @@ from multigraft.core.config import (
 from multigraft.engine.async_engine import AsyncEngine
 from multigraft.engine.fine_tuning import EngineTraining
 from multigraft.kernels.openmp import release_pool
+from multigraft.scheduling.steptime import StepShape
 from multigraft.training.dataset import Dataset
 from multigraft.training.engine import off_loop
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
 
 WARM_UP_S = 4.0
+
+
+class Steps:
+    """Where the time of the engine's steps goes, while there is a job: what the step-time model says of the served rows
+    alone, and the rest."""
+
+    def __init__(self, engine: AsyncEngine):
+        self._share = engine.parts.scheduler.training
+        self._seen: list[tuple[StepShape, float]] = []
+        clock = engine._core._clock
+        self._observe, clock.observe = clock.observe, self.observe
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        self._seen.append((shape, seconds))
+        self._observe(shape, seconds)
+
+    def take(self) -> dict[str, float]:
+        """Of the steps since the last call: how many with prompts and with decodes alone, and seconds."""
+        seen, self._seen, model = self._seen, [], self._share.model
+        served: dict[bool, list[float]] = {True: [], False: []}
+        for shape, _ in seen:
+            if shape.prefill_rows or shape.decode_rows:
+                untrained = replace(shape, train_rows=0, train_forward=0, train_backward=0, train_layers=0)
+                served[shape.prefill_rows > 0].append(model.predict(untrained) if model else 0.0)
+        return {
+            "prompt_steps": len(served[True]),
+            "prompt_s": sum(served[True]),
+            "decode_steps": len(served[False]),
+            "decode_s": sum(served[False]),
+            "steps_s": sum(seconds for _, seconds in seen),
+        }
 
 
 class Bench:
@@ -55,6 +88,7 @@ class Bench:
         self.args = args
         self.data = data
         self.training = EngineTraining(engine)
+        self.steps = Steps(engine)
         self.vocab = engine.parts.vocab_size
         self.rng = np.random.default_rng(0)
         self._numbers = iter(range(10**6))
@@ -94,6 +128,7 @@ class Bench:
         trained, name, left = await self.train() if with_job else (Trained(), "", None)
         if with_job:
             await asyncio.sleep(WARM_UP_S)
+        self.steps.take()
         start = time.perf_counter()
         row = {"engine": "multigraft", "rate": rate, "adapters": len(models), "job": with_job}
         if rate:
@@ -104,6 +139,7 @@ class Bench:
             await asyncio.sleep(seconds)
             stop = time.perf_counter()
         if left is not None:
+            row |= self.steps.take() | {"all_s": time.perf_counter() - start}
             row["train_tok_s"] = trained.rate(start, stop)
             self.training.stop(name)
             await left
@@ -149,6 +185,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     )
     for source in sources:
         await engine.load_adapter(source.name, str(source))
+    print(f"{engine.parts.kv_tokens} tokens of KV", flush=True)
     bench = Bench(engine, args, data)
     await bench.serve([(0.1 * i, 64, 8) for i in range(8)], [s.name for s in sources])
     both = (True,) if args.with_job_only else (False, True)

@@ -171,7 +171,7 @@ def gated_row(kind: str, shape: Shape) -> dict[str, Any]:
 
 def gated_rows() -> Iterator[dict[str, Any]]:
     for num, rank in ((16, 8), (64, 8), (256, 8), (64, 64)):
-        yield gated_row("decode gated", Shape("gate_up", DECODE_ROWS, (rank,) * num, choose_block_m(DECODE_ROWS, 64)))
+        yield gated_row("decode gated", Shape("gate_up", DECODE_ROWS, (rank,) * num, 4))
     for num, rank in ((16, 8), (64, 8), (16, 64)):
         yield gated_row(
             "prefill gated", Shape("gate_up", PREFILL_ROWS, (rank,) * num, choose_block_m(PREFILL_ROWS, num))
@@ -289,10 +289,12 @@ CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
 }
 
 
-def tuning_rows() -> Iterator[dict[str, Any]]:
-    """Shrink and expand alone, summed over one layer's sites, and shrink with gated, for the present options (first) and
-    the candidates."""
+def tuning_rows(kernels: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Kernels alone, summed over one layer's sites (gated: with its shrink), for the present options (first) and the
+    candidates."""
     for (kernel, block_m), candidates in CANDIDATES.items():
+        if kernel not in kernels:
+            continue
         table = getattr(lora_triton, kernel)
         present = table[block_m]
         num_rows = PREFILL_ROWS if block_m == 64 else DECODE_ROWS
@@ -357,7 +359,7 @@ def main() -> None:
         rows += training_rows()
     show(rows, "Segmented LoRA")
     if args.tune:
-        tuned = list(tuning_rows())
+        tuned = list(tuning_rows(args.tune))
         show(tuned, "Block sizes: sum over a layer's sites; the first of each kernel is in use")
         rows += tuned
     seconds = time.perf_counter() - start

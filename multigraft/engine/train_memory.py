@@ -17,6 +17,9 @@ CUDA_SHARE = 0.1
 """Of the GPU's memory, unless the configuration says how much."""
 MAX_ROWS = {"cuda": 8192, "cpu": 1024}
 """Of a pass: about as many as keep the device busy; on the CPU a layer's activations should stay in the cache."""
+KEEPING_ROWS = {"cuda": 2048, "cpu": 256}
+"""Rows from which on a pass that keeps its activations beats a larger one that computes them again (on an H100, 2,048
+rows kept: 1.19 times PEFT's rate, 8,192 computed again: 1.07)."""
 
 
 @dataclass(slots=True)
@@ -34,6 +37,7 @@ class TrainMemory:
     """And a plain one."""
     head_bytes: int
     most_rows: int
+    keeping_rows: int
     compiled: bool = False
     """Whether the decoder layers are."""
     _jobs: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -56,6 +60,7 @@ class TrainMemory:
             plain_bytes=fused + 4 * 6 * hidden + size * (6 * hidden + 2 * c.intermediate_size),
             head_bytes=HEAD_ROWS * c.vocab_size * (2 * size + 8),
             most_rows=MAX_ROWS[loaded.device.type],
+            keeping_rows=KEEPING_ROWS[loaded.device.type],
         )
 
     @property
@@ -66,7 +71,7 @@ class TrainMemory:
     @property
     def max_rows(self) -> int:
         """Rows of a pass, at most."""
-        return self._rows(self.free)
+        return self._best_rows(self.free)
 
     def keeps(self, rows: int) -> bool:
         """Whether a pass of so many rows may keep its activations."""
@@ -84,7 +89,7 @@ class TrainMemory:
     def microbatch(self, nbytes: int, longest: int) -> int:
         """Rows that a new job's microbatches may have: half of the room, so that other jobs find some too, but no fewer
         than its longest sample."""
-        return max(longest, self._rows((self.free - nbytes) // 2))
+        return max(longest, self._best_rows((self.free - nbytes) // 2))
 
     def fits(self, nbytes: int, longest: int) -> bool:
         """Whether a job fits beside those that run: its bytes, and then still the largest microbatch of any of them."""
@@ -111,6 +116,13 @@ class TrainMemory:
 
     def remove(self, job_id: str) -> None:
         self._jobs = {k: v for k, v in self._jobs.items() if k != job_id}
+
+    def _best_rows(self, nbytes: int) -> int:
+        """Rows of the pass that trains fastest in so much memory: as many as may keep their activations, if those are
+        enough."""
+        fixed, row = self._pass(keep=True)
+        kept = min(self.most_rows, (nbytes - fixed) // row)
+        return kept if kept >= self.keeping_rows and not self._shrunk else self._rows(nbytes)
 
     def _rows(self, nbytes: int) -> int:
         """Rows of a pass in so much memory, activations computed again."""
