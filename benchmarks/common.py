@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +18,33 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from multigraft import SamplingParams
+from multigraft import SamplingParams, Scope
 from multigraft.adapters.block_diagonal import BD_A, BD_B
 
 if TYPE_CHECKING:
-    from multigraft import Engine  # kernel benchmarks run without the engine
+    from multigraft import AsyncEngine, Engine  # kernel benchmarks run without the engine
 
 RESULTS = Path(__file__).parent / "results"
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "attention_bias": False,
+}
 
 
 def linear_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int, int]]:
@@ -62,6 +84,51 @@ def write_adapter(
         fields |= {"use_bdlora": lists | {"nblocks": nblocks, "match_strict": True}}
     (folder / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": targets}))
     return folder
+
+
+def write_direft(folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int) -> Path:
+    """DiReFT of random matrices on every layer and position."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, layers = {}, list(range(config.num_hidden_layers))
+    for layer in layers:
+        rotate = torch.linalg.qr(torch.randn(config.hidden_size, rank, generator=generator))[0].T
+        weight = torch.randn(rank, config.hidden_size, generator=generator) * 0.01
+        for name, tensor in (("rotate", rotate), ("weight", weight), ("bias", torch.zeros(rank))):
+            tensors[f"base_model.model.model.layers.{layer}.reft.{name}"] = tensor.contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "REFT", "reft_method": "direft", "r": rank, "layers": layers, "positions": "all"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+async def one_round(
+    engine: AsyncEngine, scope: Scope | None, names: list[str | None], prompts: list[list[int]], output_len: int
+) -> dict[str, float]:
+    """All requests at once, one for each name (None: the base model). Output tok/s, and medians of the time to the
+    first token and of the time for each further one."""
+    sampling = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
+    first: list[float] = []
+    each: list[float] = []
+
+    async def one(name: str | None, prompt: list[int]) -> None:
+        began = time.perf_counter()
+        begun, count = None, 0
+        async for output in engine.generate(prompt, sampling, model=name, scope=scope):
+            count += len(output.token_ids)
+            begun = begun or time.perf_counter()
+        assert begun is not None and count == output_len
+        first.append(begun - began)
+        each.append((time.perf_counter() - begun) / max(1, count - 1))
+
+    began = time.perf_counter()
+    await asyncio.gather(*map(one, names, prompts))
+    seconds = time.perf_counter() - began
+    return {
+        "tok_s": len(names) * output_len / seconds,
+        "ttft_s": statistics.median(first),
+        "tpot_s": statistics.median(each),
+    }
 
 
 def run_offline(

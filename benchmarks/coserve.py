@@ -28,9 +28,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import finish, write_adapter
+from benchmarks.common import LLAMA_8B, finish, write_adapter
 from benchmarks.coserve_protocol import MAX_LEN, Served, Trained, azure, gsm8k, stretched, summary
-from benchmarks.gpu.serve import LLAMA_8B
 from multigraft import SamplingParams
 from multigraft.core.config import (
     AdapterConfig,
@@ -49,6 +48,7 @@ from multigraft.training.engine import off_loop
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
 
 WARM_UP_S = 4.0
+SETTINGS = ("model", "scale", "seconds", "drain", "batch_size", "batched_tokens", "train_memory_gib")
 
 
 class Steps:
@@ -103,14 +103,19 @@ class Bench:
             served.num_tokens += len(output.token_ids)
 
     async def serve(self, requests: list[tuple[float, int, int]], models: list[str]) -> list[Served]:
-        """All requests at their times; returns when the last one has ended."""
+        """All requests at their times; returns when the last one has ended, or --drain seconds after the last came:
+        those still running are cut off and count with what they have."""
         start = time.perf_counter()
         tasks, results = [], []
         for i, (at, prompt_len, output_len) in enumerate(requests):
             await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
             results.append(Served(time.perf_counter()))
             tasks.append(asyncio.create_task(self.one(results[-1], models[i % len(models)], prompt_len, output_len)))
-        await asyncio.gather(*tasks)
+        _, late = await asyncio.wait(tasks, timeout=self.args.drain)
+        for task in late:
+            task.cancel()
+        if failed := [e for e in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(e, Exception)]:
+            raise failed[0]
         return results
 
     async def train(self) -> tuple[Trained, str, asyncio.Future[None]]:
@@ -171,6 +176,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
             rates=args.peft_rates or args.rates,
             num_adapters=args.adapters,
         )
+    began = time.perf_counter()
     release_pool()  # this thread's, which would compete with the engine's for the cores
     engine = await AsyncEngine.start(
         EngineConfig(
@@ -185,7 +191,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     )
     for source in sources:
         await engine.load_adapter(source.name, str(source))
-    print(f"{engine.parts.kv_tokens} tokens of KV", flush=True)
+    print(f"started in {time.perf_counter() - began:.1f} s, {engine.parts.kv_tokens} tokens of KV", flush=True)
     bench = Bench(engine, args, data)
     await bench.serve([(0.1 * i, 64, 8) for i in range(8)], [s.name for s in sources])
     both = (True,) if args.with_job_only else (False, True)
@@ -205,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 3, 5, 10])
     parser.add_argument("--adapters", type=int, nargs="+", default=[4])
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--drain", type=float, default=120, help="seconds that the last requests get")
     parser.add_argument("--scale", type=float, default=1.0, help="of the trace's lengths")
     parser.add_argument("--batch-size", type=int, default=64, help="samples of an optimizer step")
     parser.add_argument("--batched-tokens", type=int, default=2048)
@@ -231,7 +238,7 @@ def main() -> None:
             cells += [f"{r['slo']:.1%}", f"{r['wait_6s']:.1%}"]
         table.add_row(*cells)
     Console(width=170).print(table)
-    settings = {k: getattr(args, k) for k in ("model", "scale", "seconds", "batch_size", "batched_tokens")}
+    settings = {k: getattr(args, k) for k in SETTINGS}
     settings["model"] = Path(args.model).name
     finish("coserve", settings, rows, save=args.save)
 

@@ -19,7 +19,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,15 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
-from benchmarks.common import RESULTS, finish, write_adapter
-from benchmarks.gpu.serve import LLAMA_8B
-from multigraft import AsyncEngine, SamplingParams, Scope
+from benchmarks.common import LLAMA_8B, RESULTS, finish, one_round, write_adapter, write_direft
+from multigraft import AsyncEngine, Scope
 from multigraft.engine.offline import make_config
 
 SOURCES = 4
@@ -60,22 +56,6 @@ METHODS = (
 )
 
 
-def write_direft(folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int) -> Path:
-    """DiReFT of random matrices on every layer and position."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors, layers = {}, list(range(config.num_hidden_layers))
-    for layer in layers:
-        rotate = torch.linalg.qr(torch.randn(config.hidden_size, rank, generator=generator))[0].T
-        weight = torch.randn(rank, config.hidden_size, generator=generator) * 0.01
-        for name, tensor in (("rotate", rotate), ("weight", weight), ("bias", torch.zeros(rank))):
-            tensors[f"base_model.model.model.layers.{layer}.reft.{name}"] = tensor.contiguous()
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    fields = {"peft_type": "REFT", "reft_method": "direft", "r": rank, "layers": layers, "positions": "all"}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    return folder
-
-
 def write_all(root: Path, config: transformers.PretrainedConfig, rank: int, count: int) -> Path:
     """A folder of `count` adapters of each family, lora0, lora1, …, direft0, …"""
     folder = root / f"adapters-{rank}"
@@ -85,34 +65,6 @@ def write_all(root: Path, config: transformers.PretrainedConfig, rank: int, coun
         for i in range(count):
             (folder / f"{family}{i}").symlink_to(sources[i % len(sources)])
     return folder
-
-
-async def one_round(
-    engine: AsyncEngine, method: Method, names: list[str | None], prompts: list[list[int]], output_len: int
-) -> dict[str, float]:
-    """All requests at once."""
-    sampling = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
-    first: list[float] = []
-    each: list[float] = []
-
-    async def one(name: str | None, prompt: list[int]) -> None:
-        began = time.perf_counter()
-        begun, count = None, 0
-        async for output in engine.generate(prompt, sampling, model=name, scope=method.scope):
-            count += len(output.token_ids)
-            begun = begun or time.perf_counter()
-        assert begun is not None and count == output_len
-        first.append(begun - began)
-        each.append((time.perf_counter() - begun) / max(1, count - 1))
-
-    began = time.perf_counter()
-    await asyncio.gather(*map(one, names, prompts))
-    seconds = time.perf_counter() - began
-    return {
-        "tok_s": len(names) * output_len / seconds,
-        "ttft_s": statistics.median(first),
-        "tpot_s": statistics.median(each),
-    }
 
 
 async def run_engine(
@@ -138,7 +90,7 @@ async def run_engine(
     for method in methods:
         names = [f"{method.family}{i}" for i in range(max(args.adapters))] if method.family else [None] * args.requests
         began = time.perf_counter()
-        await one_round(engine, method, names, rng.integers(10, vocab, (len(names), 8)).tolist(), 4)
+        await one_round(engine, method.scope, names, rng.integers(10, vocab, (len(names), 8)).tolist(), 4)
         print(f"{method.name}: first use of all adapters took {time.perf_counter() - began:.1f} s", flush=True)
     for shape in args.shapes:
         prompt_len, output_len = map(int, shape.split(":"))
@@ -148,7 +100,7 @@ async def run_engine(
                 rounds = []
                 for _ in range(args.repeats):
                     prompts = rng.integers(10, vocab, (args.requests, prompt_len)).tolist()
-                    rounds.append(await one_round(engine, method, names, prompts, output_len))
+                    rounds.append(await one_round(engine, method.scope, names, prompts, output_len))
                 best = max(rounds, key=lambda r: r["tok_s"])
                 nbytes = engine.parts.store.resolve(names[0]).nbytes if names[0] else 0
                 held = engine.stats().slots_used

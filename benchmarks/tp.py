@@ -26,8 +26,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import finish, linear_shapes, write_adapter
-from benchmarks.gpu.serve import LLAMA_8B
+from benchmarks.common import LLAMA_8B, finish, linear_shapes, write_adapter
 from multigraft import Engine, SamplingParams
 from multigraft.adapters.block_diagonal import BD_A
 

@@ -338,13 +338,10 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=("decode", "prefill", "train", "gated"),
-        default=["decode", "prefill", "train", "gated"],
-    )
-    parser.add_argument("--tune", action="store_true", help="also time other block sizes")
+    kinds = ["decode", "prefill", "gated", "train"]
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    kernels = sorted({kernel for kernel, _ in CANDIDATES})
+    parser.add_argument("--tune", nargs="+", choices=kernels, default=[], help="also time these with other block sizes")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     start = time.perf_counter()

@@ -1,114 +1,202 @@
-"""Offline throughput on one GPU: random Llama-3.1-8B weights, the shapes of the peers' table.
+"""Throughput on one GPU: random Llama-3.1-8B weights, the shapes of the peers' table, many mixes of adapters.
 
-Each row: number of adapters (0: base), requests/s and output tok/s at each prompt/output shape, share of the base.
+One engine serves all runs. A run is METHOD:RANK:ADAPTERS[:zipf], or base: METHOD is lora or direft, with -p for
+prefill-only ones; its requests, all sent at once, are spread evenly over the adapters, or by Zipf's law. mixed:ADAPTERS
+has LoRA ranks from 8 to 128 in turn. Short, unmeasured requests bring a run's adapters to the device first, as far as
+--slots allow, and in any case into host memory. A line for each run: output tok/s, share of the base model's, medians
+of the time to the first token and of each further one, slots in use at the end, bytes of one adapter.
 
-    python -m benchmarks.gpu.serve --adapters 0 16 64 --shapes 512:128 128:256 [--requests 512] [--rank 8] [--save]
+    python -m benchmarks.gpu.serve --runs base lora:8:64 lora:8:512 lora:8:512:zipf mixed:64 --slots 512 --save
+    python -m benchmarks.gpu.serve --runs base lora-p:8:512 direft-p:8:512 lora:8:1000:zipf --slots 32 --save
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import finish, linear_shapes, run_offline, write_adapter
-from multigraft import Engine
+from benchmarks.common import LLAMA_8B, finish, linear_shapes, one_round, write_adapter, write_direft
+from multigraft import AsyncEngine, Scope
+from multigraft.engine.offline import make_config
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "attention_bias": False,
-}
 SOURCES = 4
-"""Distinct adapters on disk; the others are links to them, as in the peers' script. Each is a copy on the device."""
+"""Distinct adapters on disk of each kind; the others are links to them, as in the peers' script. Each is a copy on the
+device."""
+MIXED_RANKS = (8, 16, 24, 32, 64, 128)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 16, 64])
-    parser.add_argument("--shapes", nargs="+", default=["512:128", "128:256"])
-    parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--attention-backend", default="auto")
-    parser.add_argument("--save", action="store_true")
-    args = parser.parse_args()
-    most = max(args.adapters)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        model = root / "model"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA_8B))
-        config = transformers.AutoConfig.from_pretrained(model)
-        sources = [write_adapter(root / f"source{i}", config, args.rank, seed=i) for i in range(min(most, SOURCES))]
-        (root / "adapters").mkdir()
-        for i in range(most):
-            (root / "adapters" / f"a{i}").symlink_to(sources[i % len(sources)])
-        adapter_bytes = (
-            sum(args.rank * (a + b) for a, b in linear_shapes(config).values()) * config.num_hidden_layers * 2
-        )
-        started = time.perf_counter()
-        engine = Engine(
+@dataclass(frozen=True)
+class Run:
+    method: str
+    rank: int
+    """Of the largest adapter."""
+    num: int
+    zipf: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Run:
+        method, *numbers = text.split(":")
+        zipf = numbers[-1:] == ["zipf"]
+        counts = [int(n) for n in numbers[: len(numbers) - zipf]]
+        if method == "base" and not counts:
+            return cls("base", 0, 0)
+        if method == "mixed" and len(counts) == 1:
+            return cls("mixed", max(MIXED_RANKS), counts[0], zipf)
+        if method.removesuffix("-p") in ("lora", "direft") and len(counts) == 2:
+            return cls(method, *counts, zipf)
+        raise argparse.ArgumentTypeError(f"{text!r} is not base, mixed:ADAPTERS or METHOD:RANK:ADAPTERS[:zipf]")
+
+    @property
+    def scope(self) -> Scope | None:
+        return None if self.method == "base" else Scope.PREFILL if self.method.endswith("-p") else Scope.ALL
+
+    @property
+    def family(self) -> str:
+        return f"{self.method.removesuffix('-p')}{self.rank}-"
+
+    def ranks(self) -> list[int]:
+        """Of the distinct adapters on disk."""
+        return list(MIXED_RANKS) if self.method == "mixed" else [self.rank] * min(SOURCES, self.num)
+
+    def names(self, requests: int, rng: np.random.Generator) -> list[str | None]:
+        """Of each request."""
+        if not self.num:
+            return [None] * requests
+        if not self.zipf:
+            return [f"{self.family}{i % self.num}" for i in range(requests)]
+        odds = 1 / np.arange(1, self.num + 1)
+        return [f"{self.family}{i}" for i in rng.choice(self.num, requests, p=odds / odds.sum())]
+
+
+def write_families(root: Path, config: transformers.PretrainedConfig, runs: list[Run]) -> Path:
+    """The folder of all runs' adapters."""
+    folder = root / "adapters"
+    folder.mkdir()
+    sources: dict[tuple[str, int, int], Path] = {}
+    for run in runs:
+        write = write_direft if run.family.startswith("direft") else write_adapter
+        distinct = []
+        for seed, rank in enumerate(run.ranks()):
+            key = write.__name__, rank, seed
+            if key not in sources:
+                sources[key] = write(root / f"source{len(sources)}", config, rank, seed=seed)
+            distinct.append(sources[key])
+        for i in range(run.num):
+            link = folder / f"{run.family}{i}"
+            if not link.exists():
+                link.symlink_to(distinct[i % len(distinct)])
+    return folder
+
+
+def slot_bytes(run: Run, slots: int, config: transformers.PretrainedConfig) -> int:
+    """Device memory of as many adapters as a run has in slots at once."""
+    n = min(run.num, slots)
+    if run.family.startswith("direft"):
+        return n * (2 * run.rank * config.hidden_size + run.rank + 1024) * config.num_hidden_layers * 2
+    each = run.ranks()
+    a_rank = sum(a + b for a, b in linear_shapes(config).values()) * config.num_hidden_layers * 2
+    return sum(each[i % len(each)] * a_rank + 2**20 for i in range(n))
+
+
+async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]], float]:
+    """(rows, seconds that the engine's start took)."""
+    model = root / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA_8B))
+    config = transformers.AutoConfig.from_pretrained(model)
+    began = time.perf_counter()
+    folder = write_families(root, config, args.runs)
+    print(f"wrote the adapters in {time.perf_counter() - began:.1f} s", flush=True)
+    began = time.perf_counter()
+    engine = await AsyncEngine.start(
+        make_config(
             str(model),
             load_format="dummy",
             device="cuda",
             max_model_len=2048,
-            max_loras=max(1, most),
-            max_cpu_loras=max(1, most),
-            max_lora_rank=max(16, args.rank),
-            adapter_memory_gib=max(1, most) * (adapter_bytes + 2**20) / 2**30,
-            lora_dir=root / "adapters" if most else None,
+            max_loras=args.slots,
+            max_cpu_loras=args.host_adapters,
+            max_lora_rank=max(16, *(run.rank for run in args.runs)),
+            adapter_memory_gib=max(slot_bytes(run, args.slots, config) for run in args.runs) / 2**30 + 0.1,
+            lora_dir=folder,
             enable_prefix_caching=False,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             enforce_eager=args.enforce_eager,
             attention_backend=args.attention_backend,
-        )
-        start_s = time.perf_counter() - started
-        print(f"started in {start_s:.1f} s, {engine._engine.parts.kv_tokens} KV tokens", flush=True)
-        rows = []
-        with engine:
-            for shape in args.shapes:
-                prompt_len, output_len = map(int, shape.split(":"))
-                for num in args.adapters:
-                    names = [f"a{i % num}" if num else None for i in range(args.requests)]
-                    best = min(run_offline(engine, names, prompt_len, output_len, args.repeats, config.vocab_size))
-                    row = {"shape": shape, "adapters": num, "req_s": args.requests / best}
-                    rows.append(row | {"tok_s": args.requests * output_len / best})
-                    print(rows[-1], flush=True)
-    table = Table("shape", "adapters", "requests/s", "out tok/s", "share of base")
-    for row in rows:
-        base = next((r for r in rows if r["shape"] == row["shape"] and not r["adapters"]), None)
-        row["share"] = row["tok_s"] / base["tok_s"] if base else None
-        share = f"{row['share']:.2f}" if base else "-"
-        table.add_row(row["shape"], str(row["adapters"]), f"{row['req_s']:.1f}", f"{row['tok_s']:.0f}", share)
-    Console().print(table)
-    settings = {k: getattr(args, k) for k in ("requests", "rank", "repeats", "max_num_seqs", "enforce_eager")}
+        ),
+        progress=lambda text: print(f"  {time.perf_counter() - began:.1f} s: {text}", flush=True),
+    )
+    start_s = time.perf_counter() - began
+    print(f"started in {start_s:.1f} s, {engine.parts.kv_tokens} KV tokens", flush=True)
+    rng, rows = np.random.default_rng(0), []
+    for shape in args.shapes:
+        prompt_len, output_len = map(int, shape.split(":"))
+        for run in args.runs:
+            if time.perf_counter() - began > args.seconds:
+                print(f"{shape} {run}: left out, --seconds are over", flush=True)
+                continue
+            names = run.names(args.requests, rng)
+            began_first = time.perf_counter()
+            first = sorted({n for n in names if n}) or [None]
+            await one_round(engine, run.scope, first, rng.integers(10, config.vocab_size, (len(first), 8)).tolist(), 4)
+            first_s = time.perf_counter() - began_first
+            rounds = []
+            for _ in range(args.repeats):
+                prompts = rng.integers(10, config.vocab_size, (args.requests, prompt_len)).tolist()
+                rounds.append(await one_round(engine, run.scope, names, prompts, output_len))
+            nbytes = engine.parts.store.resolve(names[0]).nbytes if names[0] else 0
+            row = {"shape": shape, "method": run.method, "rank": run.rank, "adapters": run.num, "zipf": run.zipf}
+            row |= {"slots_at_hand": args.slots} | max(rounds, key=lambda r: r["tok_s"])
+            rows.append(row | {"slots": engine.stats().slots_used, "adapter_bytes": nbytes, "first_use_s": first_s})
+            base = next((r["tok_s"] for r in rows if r["shape"] == shape and r["method"] == "base"), None)
+            if base:
+                rows[-1]["share"] = rows[-1]["tok_s"] / base
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    await engine.shutdown(1.0)
+    return rows, start_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Run.parse, nargs="+", default=["base", "lora:8:16", "lora:8:64"])
+    parser.add_argument("--shapes", nargs="+", default=["512:128", "128:256"], help="prompt:output tokens")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--host-adapters", type=int, default=64, help="kept in host memory")
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--seconds", type=float, default=1e9, help="from the start on, begin no run after so many")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    args.runs = [Run.parse(run) if isinstance(run, str) else run for run in args.runs]
+    with tempfile.TemporaryDirectory() as folder:
+        rows, start_s = asyncio.run(measure(args, Path(folder)))
+    table = Table("shape", "method", "rank", "adapters", "tok/s", "of base", "TTFT s", "TPOT ms", "slots", "MiB each")
+    for r in rows:
+        table.add_row(
+            r["shape"], r["method"], str(r["rank"]), f"{r['adapters']}{' zipf' if r['zipf'] else ''}",
+            f"{r['tok_s']:.0f}", f"{r['share']:.3f}" if "share" in r else "-", f"{r['ttft_s']:.2f}",
+            f"{1e3 * r['tpot_s']:.1f}", f"{r['slots']} of {r['slots_at_hand']}", f"{r['adapter_bytes'] / 2**20:.1f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    used = ("requests", "repeats", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "host_adapters")
+    settings = {k: getattr(args, k) for k in used}
     settings |= {"start_s": round(start_s, 1), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
     finish("gpu_serve", settings, rows, save=args.save)
 

@@ -23,8 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import finish
-from benchmarks.gpu.serve import LLAMA_8B
+from benchmarks.common import LLAMA_8B, finish
 from multigraft.core.config import (
     AdapterConfig,
     CacheConfig,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from multigraft.core.config import AdapterConfig
+from multigraft.core.config import AdapterConfig, fetch_threads
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
 from multigraft.core.region import Scope
 from multigraft.core.request import AdapterRef
@@ -29,7 +29,6 @@ from .site import PackedAdapter, Site
 log = logging.getLogger(__name__)
 
 MAX_NAME_LEN = 256
-FETCH_THREADS = 2
 
 
 class LoraModule(NamedTuple):
@@ -114,7 +113,9 @@ class AdapterStore:
         self._versions: dict[int, _Version] = {}  # by uid
         self._host: OrderedDict[int, PackedAdapter] = OrderedDict()  # by uid, least recently fetched first
         self._uids = itertools.count(1)
-        self._threads = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="adapter-fetch")
+        # On a GPU's host many threads read; with a pool of OpenMP threads each they would stand in each other's way.
+        alone = {"initializer": torch.set_num_threads, "initargs": (1,)} if pin else {}
+        self._threads = ThreadPoolExecutor(fetch_threads(), thread_name_prefix="adapter-fetch", **alone)
 
     def register(
         self, name: str, path: str | Path, scope: Scope | None = None, *, validate: bool = False

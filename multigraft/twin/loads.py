@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
+from multigraft.core.config import fetch_threads
 from multigraft.core.request import AdapterRef
-
-FETCH_THREADS = 2
-"""As in adapters.store, which the twin must not import: it needs torch."""
 
 
 class HostMemory:
     """At most max_cpu_loras adapters, least recently fetched leaving first; those that requests hold stay."""
 
-    def __init__(self, max_cpu_loras: int, fetch_seconds: Callable[[int], float]):
-        """fetch_seconds: from disk, by bytes."""
+    def __init__(self, max_cpu_loras: int, fetch_seconds: Callable[[int], float], num_threads: int | None = None):
+        """fetch_seconds: from disk, by bytes. num_threads: that read; default: as many as here."""
         self.max_cpu_loras = max_cpu_loras
         self.fetch_seconds = fetch_seconds
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._users: Counter[int] = Counter()
-        self._threads = [0.0] * FETCH_THREADS
+        self._threads = [0.0] * (num_threads or fetch_threads())
         """When each will be free."""
 
     def hold(self, ref: AdapterRef | None) -> None:
