@@ -17,7 +17,7 @@ import asyncio
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks.common import LLAMA_8B, finish, linear_shapes, one_round, write_adapter, write_direft
 from multigraft import AsyncEngine, Scope
+from multigraft.core.config import TrainingConfig
 from multigraft.engine.offline import make_config
 
 SOURCES = 4
@@ -121,21 +122,24 @@ async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, 
     print(f"wrote the adapters in {time.perf_counter() - began:.1f} s", flush=True)
     began = time.perf_counter()
     engine = await AsyncEngine.start(
-        make_config(
-            str(model),
-            load_format="dummy",
-            device="cuda",
-            max_model_len=2048,
-            max_loras=args.slots,
-            max_cpu_loras=args.host_adapters,
-            max_lora_rank=max(16, *(run.rank for run in args.runs)),
-            adapter_memory_gib=max(slot_bytes(run, args.slots, config) for run in args.runs) / 2**30 + 0.1,
-            lora_dir=folder,
-            enable_prefix_caching=False,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            enforce_eager=args.enforce_eager,
-            attention_backend=args.attention_backend,
+        replace(
+            make_config(
+                str(model),
+                load_format="dummy",
+                device="cuda",
+                max_model_len=2048,
+                max_loras=args.slots,
+                max_cpu_loras=args.host_adapters,
+                max_lora_rank=max(16, *(run.rank for run in args.runs)),
+                adapter_memory_gib=max(slot_bytes(run, args.slots, config) for run in args.runs) / 2**30 + 0.1,
+                lora_dir=folder,
+                enable_prefix_caching=False,
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                enforce_eager=args.enforce_eager,
+                attention_backend=args.attention_backend,
+            ),
+            training=TrainingConfig() if args.training else TrainingConfig(max_training_jobs=0),
         ),
         progress=lambda text: print(f"  {time.perf_counter() - began:.1f} s: {text}", flush=True),
     )
@@ -181,6 +185,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--training", action="store_true", help="keep room for fine-tuning, as a server does")
     parser.add_argument("--seconds", type=float, default=1e9, help="from the start on, begin no run after so many")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
