@@ -4,7 +4,9 @@ One engine serves all runs. A run is METHOD:RANK:ADAPTERS[:zipf], or base: METHO
 prefill-only ones; its requests, all sent at once, are spread evenly over the adapters, or by Zipf's law. mixed:ADAPTERS
 has LoRA ranks from 8 to 128 in turn. Short, unmeasured requests bring a run's adapters to the device first, as far as
 --slots allow, and in any case into host memory. A line for each run: output tok/s, share of the base model's, medians
-of the time to the first token and of each further one, slots in use at the end, bytes of one adapter.
+of the time to the first token and of each further one, slots in use at the end, bytes of one adapter. --profile serves
+some of the runs once more, unmeasured, in the last shape, and lists the kernels of two windows, one of prompts and one
+of decoding.
 
     python -m benchmarks.gpu.serve --runs base lora:8:64 lora:8:512 lora:8:512:zipf mixed:64 --slots 512 --save
     python -m benchmarks.gpu.serve --runs base lora-p:8:512 direft-p:8:512 lora:8:1000:zipf --slots 32 --save
@@ -28,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import LLAMA_8B, finish, linear_shapes, one_round, write_adapter, write_direft
+from benchmarks.gpu.profile import kernels
 from multigraft import AsyncEngine, Scope
 from multigraft.core.config import TrainingConfig
 from multigraft.engine.offline import make_config
@@ -36,6 +39,8 @@ SOURCES = 4
 """Distinct adapters on disk of each kind; the others are links to them, as in the peers' script. Each is a copy on the
 device."""
 MIXED_RANKS = (8, 16, 24, 32, 64, 128)
+DECODE_AFTER_S = 3.0
+"""Of the first window's report, by when 256 prompts are through."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,19 @@ async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, 
             if base:
                 rows[-1]["share"] = rows[-1]["tok_s"] / base
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    for run in args.profile:
+        print(f"{shape} {run}:")
+        prompts = rng.integers(10, config.vocab_size, (args.requests, prompt_len)).tolist()
+        names = run.names(args.requests, rng)
+        serving = asyncio.create_task(one_round(engine, run.scope, names, prompts, output_len))
+        row = next((r for r in reversed(rows) if Run(r["method"], r["rank"], r["adapters"], r["zipf"]) == run), {})
+        for window, start in (("prefill", 0.3), ("decode", DECODE_AFTER_S)):
+            if report := await kernels(serving, start, 0.4):
+                row[f"{window}_kernels"] = report
+                print(f"  {window}: {report['kernel_ms']:.0f} ms of kernels in {report['window_s']} s")
+                for k in report["kernels"]:
+                    print(f"    {k['ms']:8.2f} ms {k['calls']:6d} x {k['kernel']}", flush=True)
+        await serving
     await engine.shutdown(1.0)
     return rows, start_s
 
@@ -187,6 +205,7 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--training", action="store_true", help="keep room for fine-tuning, as a server does")
     parser.add_argument("--seconds", type=float, default=1e9, help="from the start on, begin no run after so many")
+    parser.add_argument("--profile", type=Run.parse, nargs="*", default=[], help="some of --runs: list their kernels")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     args.runs = [Run.parse(run) if isinstance(run, str) else run for run in args.runs]

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multigraft.adapters import peft_files
-from multigraft.adapters.store import FETCH_THREADS, AdapterStore, LoraModule, parse_lora_module
-from multigraft.core.config import AdapterConfig
+from multigraft.adapters.store import AdapterStore, LoraModule, parse_lora_module
+from multigraft.core.config import AdapterConfig, fetch_threads
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
 from multigraft.core.request import Scope
 from tests.adapters.peft_folders import save_adapter
@@ -271,11 +271,12 @@ def test_close_fails_what_has_not_begun(make_store, make_folder, monkeypatch):
     go, real = threading.Event(), peft_files.read
     monkeypatch.setattr(peft_files, "read", lambda *a, **k: go.wait(10) and real(*a, **k))
     store = make_store()
-    futures = [store.fetch(store.register(str(n), make_folder(str(n)))) for n in range(2 * FETCH_THREADS)]
+    num = fetch_threads()
+    futures = [store.fetch(store.register(str(n), make_folder(str(n)))) for n in range(2 * num)]
     threading.Timer(0.1, go.set).start()
     store.close()
-    assert all(f.exception(10) is None for f in futures[:FETCH_THREADS])
-    assert all(isinstance(f.exception(10), ShuttingDown) for f in futures[FETCH_THREADS:])
+    assert all(f.exception(10) is None for f in futures[:num])
+    assert all(isinstance(f.exception(10), ShuttingDown) for f in futures[num:])
 
 
 def test_many_threads(make_store, make_folder):
