@@ -22,7 +22,7 @@ async def kernels(serving: asyncio.Task[Any], start: float, seconds: float) -> d
         await asyncio.sleep(seconds)
     spent: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in prof.events():
-        if event.device_type is DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             each = spent[short_name(event.name)]
             each[0] += 1
             each[1] += event.time_range.elapsed_us() / 1e3

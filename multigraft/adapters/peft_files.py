@@ -105,7 +105,6 @@ def read(
     spec: AdapterSpec,
     dtype: torch.dtype,
     *,
-    pin: bool = False,
     base_parameter: Callable[[str], torch.Tensor] | None = None,
 ) -> PackedAdapter:
     """Read the weights of an inspected adapter.
@@ -118,7 +117,7 @@ def read(
         _check_unchanged(spec)
         try:
             with TensorFile(spec.folder / WEIGHTS) as tensors:
-                packed = pack(spec.plan, tensors.read, dtype, pin=pin)
+                packed = pack(spec.plan, tensors.read, dtype)
                 others = tuple(pack(plan, tensors.read, dtype) for plan in spec.other_plans)
                 if base_parameter is not None:
                     for copy in spec.plan.base_copies:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
+import numpy as np
 import torch
 
 from multigraft.core.errors import AdapterError
@@ -199,30 +200,43 @@ def _ranks_of(features: Range, whole: int, blocks: int, rank: int) -> Range:
     return features[0] // size * ranks, -(-features[1] // size) * ranks
 
 
-def pack(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:
+def pack(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype) -> PackedAdapter:
     """Fill the plan's block; `tensor` reads a tensor by its key.
 
     AdapterError names the tensor that holds NaN or infinity, before or after the cast to dtype.
     """
-    block = torch.zeros(plan.numel, dtype=dtype, pin_memory=pin)
+    # NumPy's zeros are pages that the system clears as they are first written; torch.zeros would write them twice.
+    block = torch.from_numpy(np.zeros(plan.numel * dtype.itemsize, np.uint8)).view(dtype)
     for piece in plan.pieces:
-        source = tensor(piece.key)
-        if piece.minus is not None:
-            source = source.float() - tensor(piece.minus).float()
-        oriented = to_dense(source, piece.blocks)
-        oriented = oriented.T if piece.transpose else oriented
-        oriented = oriented[tuple(slice(*r) for r in piece.part)]
+        source = _source(piece, tensor)
         target = block[piece.offset : piece.offset + math.prod(piece.shape)].view(piece.shape)
-        target = target[tuple(slice(n) for n in oriented.shape)]
-        if not target.numel():
-            continue
-        target.copy_(oriented)
-        if not _is_finite(target):
-            if _is_finite(source):
-                peak = source.abs().max().item()
-                raise AdapterError(f"`{piece.key}` holds {peak:.3g}, which is too large for {_name(dtype)}.")
-            raise AdapterError(f"`{piece.key}` holds NaN or infinite values.")
+        target[tuple(slice(n) for n in source.shape)].copy_(source)
+    if plan.numel and not _is_finite(block):
+        _blame_infinite(plan, tensor, dtype)
     return PackedAdapter(block=block, sites=plan.sites)
+
+
+def _source(piece: Piece, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What goes to the piece's place, in the file's type."""
+    source = tensor(piece.key)
+    if piece.minus is not None:
+        source = source.float() - tensor(piece.minus).float()
+    oriented = to_dense(source, piece.blocks)
+    oriented = oriented.T if piece.transpose else oriented
+    return oriented[tuple(slice(*r) for r in piece.part)]
+
+
+def _blame_infinite(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype) -> NoReturn:
+    """Raise AdapterError for the piece that makes the block infinite."""
+    for piece in plan.pieces:
+        source = _source(piece, tensor)
+        if not source.numel() or _is_finite(source.to(dtype)):
+            continue
+        if _is_finite(source):
+            peak = source.abs().max().item()
+            raise AdapterError(f"`{piece.key}` holds {peak:.3g}, which is too large for {_name(dtype)}.")
+        raise AdapterError(f"`{piece.key}` holds NaN or infinite values.")
+    raise AdapterError("its weights held NaN or infinite values while they were read, and no longer do.")
 
 
 def _is_finite(x: torch.Tensor) -> bool:

@@ -129,7 +129,7 @@ class PackedAdapter:
     """An adapter ready for a device slot: one contiguous block, copied whole."""
 
     block: torch.Tensor
-    """1-D, host memory (pinned when the device is CUDA), the engine's dtype."""
+    """1-D, host memory, the engine's dtype."""
     sites: dict[int, SiteBlock] = field(default_factory=dict)
     """By Site.index; absent: the adapter does not act there."""
     others: tuple[PackedAdapter, ...] = ()

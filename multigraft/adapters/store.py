@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ class AdapterStore:
         other_ranks: Sequence[Sequence[Site]] = (),
     ):
         """base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
-        pin: page-locked host memory, for CUDA. base_parameter: see peft_files.read.
+        pin: `stage` gives page-locked copies, for CUDA. base_parameter: see peft_files.read.
         other_ranks: the sites of each further rank of a tensor-parallel engine."""
         self._sites = list(sites)
         self._other_ranks = other_ranks
@@ -259,6 +259,28 @@ class AdapterStore:
                 self._threads.submit(self._fetch, version, future)
             return future
 
+    def stage(self, ref: AdapterRef) -> Future[PackedAdapter]:
+        """As `fetch`, ready for a copy to the device that waits for nothing.
+
+        For CUDA it is a page-locked copy, made by another thread and dropped after its use, so that PyTorch gives the
+        same few to one load after another: locking takes 0.7 ms a MB (measured on an H200's host), copying 0.1.
+        """
+        fetched = self.fetch(ref)
+        if not self._pin:
+            return fetched
+        staged: Future[PackedAdapter] = Future()
+
+        def submit(_: object) -> None:
+            try:
+                copied = self._threads.submit(lambda: _pinned(fetched.result()))
+            except RuntimeError:
+                staged.set_exception(_shutting_down())
+                return
+            copied.add_done_callback(lambda f: _hand_on(f, staged))
+
+        fetched.add_done_callback(submit)
+        return staged
+
     def list(self) -> tuple[AdapterInfo, ...]:
         """Every registered adapter, by name."""
         with self._lock:
@@ -286,7 +308,7 @@ class AdapterStore:
         with self._lock:
             for version in self._versions.values():
                 if version.fetching is not None:
-                    version.fetching.set_exception(ShuttingDown("The server is shutting down."))
+                    version.fetching.set_exception(_shutting_down())
                     version.fetching = None
 
     def _find(self, name: str) -> _Name:
@@ -323,7 +345,7 @@ class AdapterStore:
 
     def _read(self, spec: AdapterSpec) -> PackedAdapter:
         try:
-            return peft_files.read(spec, self._dtype, pin=self._pin, base_parameter=self._base_parameter)
+            return peft_files.read(spec, self._dtype, base_parameter=self._base_parameter)
         finally:
             release_pool()  # these threads come and go; the engine's is the one that computes
 
@@ -374,6 +396,23 @@ class AdapterStore:
             if uid is None:
                 return
             nbytes -= self._host.pop(uid).nbytes
+
+
+def _pinned(packed: PackedAdapter) -> PackedAdapter:
+    return replace(packed, block=packed.block.pin_memory())
+
+
+def _hand_on(done: Future[PackedAdapter], to: Future[PackedAdapter]) -> None:
+    """Give `to` the outcome of `done`, which the end of the threads may have cancelled."""
+    error = _shutting_down() if done.cancelled() else done.exception()
+    if error is None:
+        to.set_result(done.result())
+    else:
+        to.set_exception(error)
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("The server is shutting down.")
 
 
 def _not_found(name: str) -> ModelNotFound:

@@ -72,8 +72,8 @@ class EngineParts:
 
     def fetch(self, move: AdapterMove) -> Future[PackedAdapter]:
         """The adapter in host memory, that of every rank."""
-        fetched = self.store.fetch(move.ref)
-        return self.ranks.send(move, fetched) if self.ranks else fetched
+        staged = self.store.stage(move.ref)
+        return self.ranks.send(move, staged) if self.ranks else staged
 
     @property
     def tokenizer(self) -> Any:

@@ -1,6 +1,7 @@
 """The device bank: contents, accounting and tables under random loads and unloads."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ SHAPES = {path: (s.in_features, out) for s in SITES for path, out in zip(s.membe
 Tensors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 
-def make(ranks: dict[str, int], seed: int = 0, pin: bool = False) -> tuple[PackedAdapter, Tensors]:
+def make(ranks: dict[str, int], seed: int = 0) -> tuple[PackedAdapter, Tensors]:
     """An adapter with the given ranks, and its A, B and scale by module."""
     g = torch.Generator().manual_seed(seed)
     tensors, files, modules = {}, {}, {}
@@ -33,7 +34,7 @@ def make(ranks: dict[str, int], seed: int = 0, pin: bool = False) -> tuple[Packe
         tensors[path] = (a, b, 1.0 + rank / 4)
         files[f"{path}.a"], files[f"{path}.b"] = a, b
         modules[path] = MemberFactors(f"{path}.a", f"{path}.b", rank, 1.0 + rank / 4)
-    return pack(lay_out(SITES, modules), files.__getitem__, torch.float32, pin=pin), tensors
+    return pack(lay_out(SITES, modules), files.__getitem__, torch.float32), tensors
 
 
 def check_content(bank: Bank, slot: int, tensors: Tensors) -> None:
@@ -82,7 +83,7 @@ def test_random_loads_and_unloads(device, monkeypatch):
             assert (bank.version > before) == (slot in tenants)
             tenants.pop(slot, None)
         else:
-            new = make(random_ranks(rng), seed=step, pin=device == "cuda")
+            new = make(random_ranks(rng), seed=step)
             others = sum(p.nbytes for s, (p, _) in tenants.items() if s != slot)
             if others + new[0].nbytes <= bank.capacity_bytes:  # bytes alone decide, however fragmented
                 bank.load(slot, new[0]).wait()
@@ -136,7 +137,8 @@ def test_loads_under_way_are_moved_and_replaced_in_order():
     def big(value: float, rank: int) -> PackedAdapter:
         plan = lay_out([site], {"big": MemberFactors("a", "b", rank, 1.0)})
         a, b = torch.full((rank, 2**20), value), torch.full((64, rank), value)
-        return pack(plan, {"a": a, "b": b}.__getitem__, torch.float32, pin=True)
+        packed = pack(plan, {"a": a, "b": b}.__getitem__, torch.float32)
+        return replace(packed, block=packed.block.pin_memory())
 
     adapters = {value: big(value, rank) for value, rank in ((1.0, 16), (2.0, 16), (3.0, 16), (4.0, 24))}
     capacity = adapters[1.0].nbytes + adapters[2.0].nbytes + adapters[3.0].nbytes
