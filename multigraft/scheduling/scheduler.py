@@ -297,21 +297,28 @@ class Scheduler:
     def _start_loads(self, batch: Batch) -> None:
         """Begin to load missing adapters in the order of their requests; an overdue one lets no equal pass."""
         residency, lanes = self.residency, self._queue.lanes
-        while residency.missing:
-            first = min((lanes[uid] for uid in residency.overdue(MAX_BYPASS)), key=self._rank, default=None)
+        overdue = {lanes[uid] for uid in residency.overdue(MAX_BYPASS)}
+        waiting: list[Lane] = []
+        if overdue or residency.fits(0):
+            waiting = sorted((lanes[uid] for uid in residency.missing), key=self._rank)
+        while waiting:
+            first = next((lane for lane in waiting if lane in overdue), None)
             if first is not None and not residency.fits(first.nbytes):
                 self._clear_slot(first)
-            fitting = [
-                lane
-                for lane in (lanes[uid] for uid in residency.missing)
-                if residency.fits(lane.nbytes)
-                and (first is None or lane is first or lane.head.priority < first.head.priority)
-            ]
-            if not fitting:
+            chosen = next(
+                (
+                    lane
+                    for lane in waiting
+                    if residency.fits(lane.nbytes)
+                    and (first is None or lane is first or lane.head.priority < first.head.priority)
+                ),
+                None,
+            )
+            if chosen is None:
                 break
-            ref = min(fitting, key=self._rank).ref
-            assert ref is not None
-            batch.loads.append(residency.load(ref))
+            waiting.remove(chosen)
+            assert chosen.ref is not None
+            batch.loads.append(residency.load(chosen.ref))
         if not residency.overdue(MAX_BYPASS):
             residency.reopen()
 
