@@ -20,6 +20,8 @@ from .store import TrainingStore
 class Inputs:
     spec: JobSpec
     """Resolved."""
+    max_length: int
+    """Tokens of a sample; those with more are left out."""
     train: Dataset
     valid: Dataset | None
 
@@ -32,7 +34,7 @@ class Inputs:
     def notes(self) -> list[str]:
         """What the user should know about the files."""
         return [
-            _describe_too_long(dataset, what, self.spec.hyperparameters.max_length)
+            _describe_too_long(dataset, what, self.max_length)
             for what, dataset in (("training", self.train), ("validation", self.valid))
             if dataset is not None and dataset.too_long
         ]
@@ -42,9 +44,14 @@ class _Abandoned(Exception):
     """Nobody waits for the data that is being read."""
 
 
-def parse_spec(request: JobRequest) -> JobSpec:
+def parse_spec(request: JobRequest, base_model: str) -> JobSpec:
+    """base_model: its name; a job on another model goes on from that adapter."""
     return JobSpec.parse(
-        kind=request.method, hyperparameters=request.hyperparameters, adapter=request.adapter, seed=request.seed
+        kind=request.method,
+        hyperparameters=request.hyperparameters,
+        adapter=request.adapter,
+        seed=request.seed,
+        start=None if request.model == base_model else request.model,
     )
 
 
@@ -63,7 +70,8 @@ async def read_inputs(request: JobRequest, store: TrainingStore, engine: Trainin
             raise _Abandoned
 
     def read_all() -> Inputs:
-        spec = engine.admit(parse_spec(request))
+        spec = parse_spec(request, engine.model_name)
+        max_length = spec.max_length(engine.admit(spec))
 
         def read(param: str) -> Dataset:
             try:
@@ -71,7 +79,7 @@ async def read_inputs(request: JobRequest, store: TrainingStore, engine: Trainin
                     store.file_path(getattr(request, param)),
                     engine.tokenizer,
                     kind=spec.kind,
-                    max_length=spec.hyperparameters.max_length,
+                    max_length=max_length,
                     depends_on_prompt=spec.adapter.depends_on_prompt,
                     progress=stay,
                 )
@@ -81,7 +89,8 @@ async def read_inputs(request: JobRequest, store: TrainingStore, engine: Trainin
 
         train = read("training_file")
         valid = read("validation_file") if request.validation_file is not None else None
-        return Inputs(spec.resolve(len(train)), train, valid)
+        longest = max(data.longest for data in (train, valid) if data is not None)
+        return Inputs(spec.resolve(len(train), longest), max_length, train, valid)
 
     try:
         return await asyncio.to_thread(read_all)

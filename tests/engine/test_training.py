@@ -28,7 +28,7 @@ from tests.tiny import VOCAB, build_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 LENGTHS = (19, 7, 23, 11, 30, 16, 9, 21, 14, 26)
-PLAIN = Hyperparameters(n_epochs=2, batch_size=4, learning_rate=5e-3, schedule="constant", max_length=64)
+PLAIN = Hyperparameters(n_epochs=2, batch_size=4, learning_rate=5e-3, schedule="constant")
 
 
 class World:
@@ -51,7 +51,7 @@ class World:
         data = Dataset()
         for sample in samples(VOCAB, LENGTHS, seed=seed):
             data.add((sample,))
-        spec = replace(spec, seed=seed).resolve(len(LENGTHS))
+        spec = replace(spec, seed=seed).resolve(len(LENGTHS), max(LENGTHS))
         design = AdapterDesign.new(spec.adapter, self.parts.sites, base_model=None, max_rank=64)
         adapter = TrainableAdapter.new(spec.adapter, design, seed=seed, dtype=torch.float32, device="cpu")
         return TrainingJob(id=name, spec=spec, adapter=adapter, train=data, max_tokens=max_tokens)
