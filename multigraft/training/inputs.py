@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from multigraft.core.errors import MultigraftError
+from multigraft.core.region import FromInvocation, Scope
 from multigraft.core.training import JobRequest
 
 from . import data
@@ -20,24 +22,15 @@ from .store import TrainingStore
 class Inputs:
     spec: JobSpec
     """Resolved."""
-    max_length: int
-    """Tokens of a sample; those with more are left out."""
     train: Dataset
     valid: Dataset | None
+    notes: list[str]
+    """What the user should know about the files."""
 
     @property
     def num_steps(self) -> int:
         h = self.spec.hyperparameters
         return h.n_epochs * -(-len(self.train) // h.batch_size)
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know about the files."""
-        return [
-            _describe_too_long(dataset, what, self.max_length)
-            for what, dataset in (("training", self.train), ("validation", self.valid))
-            if dataset is not None and dataset.too_long
-        ]
 
 
 class _Abandoned(Exception):
@@ -89,13 +82,29 @@ async def read_inputs(request: JobRequest, store: TrainingStore, engine: Trainin
 
         train = read("training_file")
         valid = read("validation_file") if request.validation_file is not None else None
-        longest = max(data.longest for data in (train, valid) if data is not None)
-        return Inputs(spec.resolve(len(train), longest), max_length, train, valid)
+        there = {"training": train} | ({} if valid is None else {"validation": valid})
+        notes = [_describe_too_long(d, what, max_length) for what, d in there.items() if d.too_long]
+        notes += _uninvoked(train, spec.adapter.alora_invocation_tokens)
+        return Inputs(spec.resolve(len(train), max(d.longest for d in there.values())), train, valid, notes)
 
     try:
         return await asyncio.to_thread(read_all)
     finally:
         abandoned.set()
+
+
+def _uninvoked(dataset: Dataset, invocation: Sequence[int] | None) -> list[str]:
+    """A note of the prompts that an activated LoRA leaves to the base model, so that their answers teach nothing;
+    DataError when these are all."""
+    if invocation is None:
+        return []
+    region = FromInvocation(tuple(invocation))
+    prompts = (sample.tokens[: sample.prompt_len] for (sample, *_) in map(dataset.__getitem__, range(len(dataset))))
+    uninvoked = sum(not region.ranges(prompt, len(prompt), Scope.ALL) for prompt in prompts)
+    what = f"{uninvoked} of {len(dataset)} prompts lack the invocation sequence {list(invocation)}"
+    if uninvoked == len(dataset):
+        raise data.DataError(f"{what} (alora_invocation_tokens): there is nothing to learn.")
+    return [f"{what}: their answers are not learned"] if uninvoked else []
 
 
 def _describe_too_long(dataset: Dataset, what: str, max_length: int) -> str:

@@ -135,6 +135,8 @@ def test_jobs_and_requests_do_not_touch_each_other(world: World) -> None:
     names = [None, *world.names]
     prompts = [list(range(4, 10 + 9 * i)) for i in range(len(names))]
     expected = [r.completions[0].token_ids for r in world.engine.generate(prompts, GREEDY, names)]
+    scored = replace(GREEDY, logprobs=5)
+    alone_logprobs = [r.completions[0].logprobs for r in world.engine.generate(prompts, scored, names)]
     block = world.parts.bank.arena.clone()
     base = {n: p.clone() for n, p in world.parts.loaded.model.named_parameters()}
 
@@ -146,8 +148,29 @@ def test_jobs_and_requests_do_not_touch_each_other(world: World) -> None:
         rounds += 1
     for name, run in runs.items():
         assert run.losses() == pytest.approx(alone[name], rel=1e-4), name
+    assert [r.completions[0].logprobs for r in world.engine.generate(prompts, scored, names)] == alone_logprobs
     assert torch.equal(world.parts.bank.arena, block)
     assert all(torch.equal(base[n], p) for n, p in world.parts.loaded.model.named_parameters())
+
+
+def test_weights_share_the_training(world: World) -> None:
+    """Of two jobs that fit into one pass, the one with three times the weight does three times the steps."""
+    told: list[tuple[str, int]] = []
+    runs = {name: Run(world.job(name, 5, spec("lora", replace(PLAIN, n_epochs=8)))) for name in ("light", "heavy")}
+
+    def start() -> None:
+        for (name, run), weight in zip(runs.items(), (0.5, 1.5), strict=True):
+            world.parts.trainer.start(
+                run.job, weight, lambda event, name=name: told.append((name, event.step)), run.left
+            )
+
+    world.core.post(start)
+    for run in runs.values():
+        run.left.result(120)
+    num_steps = runs["heavy"].job.num_steps
+    before = [step for name, step in told[: told.index(("heavy", num_steps))] if name == "light"]
+    assert num_steps == 24 and before[-1] == pytest.approx(8, abs=1)
+    assert told[-1] == ("light", num_steps)
 
 
 def test_a_job_that_diverges_fails_alone(world: World) -> None:

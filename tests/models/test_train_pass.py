@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from multigraft import Engine, SamplingParams
+from multigraft.models import train_pass
 from multigraft.models.train_pass import TrainModel, TrainPass
 from multigraft.training.microbatch import Microbatch, Sample
 from tests.engine.peft_cases import CASES, write_adapter
@@ -212,6 +213,25 @@ def test_a_two_pass_objective(llama: World) -> None:
     assert_gradients(
         adapter, {n.replace(".default", ""): p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     )
+
+
+def test_the_head_sees_rows_of_trained_tokens_alone_in_pieces(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that logits of all rows never exist, and the result is the same."""
+    batch, pieces = samples(VOCAB, LENGTHS, seed=3), []
+    head = llama.parts.loaded.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, out: pieces.append(out.shape.numel() // VOCAB))
+    try:
+        whole, cut = (llama.lora("all8") for _ in range(2))
+        loss = llama.run(microbatch(whole, batch)).results[0].loss
+        monkeypatch.setattr(train_pass, "HEAD_ROWS", 7)
+        pieces.clear()
+        assert llama.run(microbatch(cut, batch)).results[0].loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    finally:
+        handle.remove()
+    num_trained = sum(1 for s in batch for w in s.weights if w)
+    assert sum(pieces) == num_trained < sum(map(len, (s.tokens for s in batch))) and max(pieces) == 7
+    scale = whole.block_grad.abs().max().item()
+    torch.testing.assert_close(cut.block_grad, whole.block_grad, rtol=0, atol=1e-5 * scale)
 
 
 def test_evaluation_keeps_nothing_and_counts(llama: World) -> None:

@@ -314,6 +314,18 @@ async def test_over_long_samples_are_reported(openai):
     assert warning.message.startswith("1 lines of the training file are left out") and warning.message.endswith(": 5")
 
 
+async def test_prompts_that_do_not_activate_an_activated_lora_are_reported(openai, training):
+    invoked = training.plain.tokenizer.tokenize("q2")
+    file = await upload(openai, chats(4))
+    adapter = {"alora_invocation_tokens": invoked}
+    job = await until(openai, await create(openai, file, extra_body={"adapter": adapter}), "succeeded")
+    [warning] = [e async for e in openai.fine_tuning.jobs.list_events(job.id) if e.level == "warn"]
+    assert warning.message == f"3 of 4 prompts lack the invocation sequence {invoked}: their answers are not learned"
+    adapter = {"alora_invocation_tokens": invoked * 2}
+    job = await until(openai, await create(openai, file, extra_body={"adapter": adapter}), "failed")
+    assert "4 of 4 prompts lack" in job.error.message and "nothing to learn" in job.error.message
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param", "words"),
     [
@@ -328,7 +340,12 @@ async def test_over_long_samples_are_reported(openai):
         ({"metadata": {"k" * 65: "v"}}, 400, "metadata", "64"),
         ({"metadata": {str(i): "v" for i in range(17)}}, 400, "metadata", "16"),
         ({"method": {"type": "reinforcement"}}, 400, "method", "not supported yet"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "method", "not supported yet"),
         ({"method": {"type": "magic"}}, 400, "method", "'magic'"),
+        ({"method": SUPERVISED | {"type": "dpo"}}, 400, "method", "method.supervised is given, but method.type is"),
+        ({"method": {"type": "dpo", "dpo": {"beta": 0.1}}}, 400, "beta", "beta is 0.1, but there is no such field"),
+        ({"r": 16}, 400, "r", "r is 16, but there is no such field here: model, training_file, "),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p", "x": 1}}]}, 400, "x", "no such field here"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "n_epochs", "0"),
         ({"hyperparameters": {"n_epoch": 1}}, 400, "n_epoch", "no such setting"),
         ({"hyperparameters": {"beta": 0.1}}, 400, "beta", "only dpo"),
