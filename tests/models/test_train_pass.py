@@ -272,9 +272,9 @@ def test_served_rows_and_training_rows_in_one_forward(
     world: World, monkeypatch: pytest.MonkeyPatch, keep: bool, count: int
 ) -> None:
     """Passes ride through every step of a mixed batch of served adapters; neither side sees the other."""
-    folders = {
-        n: write_adapter(world.checkpoint, world.folder / f"s-{n}-{keep}-{count}", BY_NAME[n], seed=4) for n in BY_NAME
-    }
+    root = world.folder / f"s-{keep}-{count}"
+    folders = {n: write_adapter(world.checkpoint, root / n, BY_NAME[n], seed=4) for n in BY_NAME}
+    folders |= {n: write_reft(root / n, n, layers=[0, 2], seed=4) for n in ("loreft", "nodireft")}
     engine, runner = world.engine, world.parts.runner
     names = [None, *(engine.load_adapter(f"{n}-{keep}-{count}", str(f)).name for n, f in folders.items())]
     prompts = [list(range(5, 9 + 7 * i)) for i in range(len(names))]
@@ -282,7 +282,9 @@ def test_served_rows_and_training_rows_in_one_forward(
     expected = [r.completions[0].token_ids for r in engine.generate(prompts, greedy, names)]
     batch = samples(VOCAB, LENGTHS, seed=3)
     alone, riding = world.lora("all8"), world.lora("all8")
-    world.run(microbatch(alone, batch))
+    done = world.run(microbatch(alone, batch))  # right after a step of served adapters
+    loss, _ = peft_gradients(world, alone, batch)
+    assert done.results[0].loss.item() == pytest.approx(loss, rel=1e-4)
     finished = []
     execute = runner.execute
 
