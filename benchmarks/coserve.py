@@ -120,10 +120,10 @@ class Bench:
 
     async def train(self) -> tuple[Trained, str, asyncio.Future[None]]:
         """A job that will not end by itself; what it trains; and when it has left."""
-        h = Hyperparameters(n_epochs=1000, batch_size=self.args.batch_size, learning_rate=2e-5, max_length=1024)
-        spec = JobSpec(adapter=AdapterSpec(r=8), hyperparameters=h).resolve(len(self.data))
+        h = Hyperparameters(n_epochs=1000, batch_size=self.args.batch_size, learning_rate=2e-5)
+        spec = JobSpec(adapter=AdapterSpec(r=8), hyperparameters=h).resolve(len(self.data), self.data.longest)
         name = f"job{next(self._numbers)}"
-        job = await off_loop(self.training.build, name, spec, self.data, None)
+        job = await off_loop(self.training.build, name, spec, self.data, None, None)
         trained = Trained()
         left = asyncio.wrap_future(self.training.start(job, 1.0, trained))
         return trained, name, left

@@ -1,9 +1,9 @@
 """Prefill-only adapters against adapters on all tokens: LoRA, LoRA-P, DiReFT, DiReFT-P, and the base model.
 
 For each method, number of adapters and prompt:output shape: output tok/s, share of the base model, time to first
-token and time for each further token (medians), device slots in use at the end, and bytes of one adapter. All
-requests are sent at once, spread evenly over the adapters, random prompts, temperature 1, EOS ignored. Short,
-unmeasured requests bring the adapters into host memory first. Methods on all tokens have a device slot for every
+token and time for each further token (medians), the most device slots that requests held at once, and bytes of one
+adapter. All requests are sent at once, spread evenly over the adapters, random prompts, temperature 1, EOS ignored.
+Short, unmeasured requests bring the adapters into host memory first. Methods on all tokens have a device slot for every
 adapter; prefill-only ones share --prefill-slots, in an engine and process of their own, and are compared with the base
 model there. Prints a table, draws throughput against the number of adapters (PNG), and ends in one JSON line; --save
 appends the line to benchmarks/results/preft.jsonl.
@@ -33,6 +33,7 @@ from rich.table import Table
 
 from benchmarks.common import LLAMA_8B, RESULTS, finish, one_round, write_adapter, write_direft
 from multigraft import AsyncEngine, Scope
+from multigraft.core.batch import Batch
 from multigraft.engine.offline import make_config
 
 SOURCES = 4
@@ -67,6 +68,26 @@ def write_all(root: Path, config: transformers.PretrainedConfig, rank: int, coun
     return folder
 
 
+class HeldSlots:
+    """The most device slots that the requests of one step held."""
+
+    def __init__(self, engine: AsyncEngine):
+        self._most = 0
+        runner = engine.parts.runner
+        execute = runner.execute
+
+        def counted(batch: Batch, *args: Any, **kwargs: Any) -> Any:
+            self._most = max(self._most, len({span.request.slot for span in batch.spans} - {None}))
+            return execute(batch, *args, **kwargs)
+
+        runner.execute = counted  # type: ignore[method-assign]
+
+    def take(self) -> int:
+        """Since the last call."""
+        most, self._most = self._most, 0
+        return most
+
+
 async def run_engine(
     args: argparse.Namespace, methods: list[Method], rank: int, slots: int, folder: Path, vocab: int, settings: Any
 ) -> list[dict[str, Any]]:
@@ -86,7 +107,7 @@ async def run_engine(
             compile=args.compile,
         )
     )
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, slots_held = np.random.default_rng(0), [], HeldSlots(engine)
     for method in methods:
         names = [f"{method.family}{i}" for i in range(max(args.adapters))] if method.family else [None] * args.requests
         began = time.perf_counter()
@@ -98,14 +119,14 @@ async def run_engine(
             for num in [0] if method.family is None else args.adapters:
                 names = [f"{method.family}{i % num}" if num else None for i in range(args.requests)]
                 rounds = []
+                slots_held.take()
                 for _ in range(args.repeats):
                     prompts = rng.integers(10, vocab, (args.requests, prompt_len)).tolist()
                     rounds.append(await one_round(engine, method.scope, names, prompts, output_len))
                 best = max(rounds, key=lambda r: r["tok_s"])
                 nbytes = engine.parts.store.resolve(names[0]).nbytes if names[0] else 0
-                held = engine.stats().slots_used
                 row = {"shape": shape, "method": method.name, "rank": rank, "adapters": num, "slots_at_hand": slots}
-                rows.append(row | best | {"slots": held if num else 0, "adapter_bytes": nbytes})
+                rows.append(row | best | {"slots": slots_held.take(), "adapter_bytes": nbytes})
                 print(rows[-1], flush=True)
     await engine.shutdown(1.0)
     return rows

@@ -46,8 +46,8 @@ LENGTH = 1024
 def make_jobs(parts: EngineParts, num_jobs: int, rank: int, samples: int, passes: int) -> list[TrainingJob]:
     """samples: of each job and pass, random tokens, every one of them trained, as the peers' loop has it."""
     device, dtype = parts.loaded.device, parts.loaded.dtype
-    hyper = Hyperparameters(n_epochs=1, batch_size=samples, learning_rate=2e-5, max_length=LENGTH)
-    spec = JobSpec(adapter=AdapterSpec(r=rank), hyperparameters=hyper).resolve(samples * passes)
+    hyper = Hyperparameters(n_epochs=1, batch_size=samples, learning_rate=2e-5)
+    spec = JobSpec(adapter=AdapterSpec(r=rank), hyperparameters=hyper).resolve(samples * passes, LENGTH)
     design = AdapterDesign.new(spec.adapter, parts.sites, base_model=None, max_rank=max(16, rank))
     jobs = []
     for number in range(num_jobs):

@@ -239,8 +239,8 @@ def _job(parts: EngineParts, rows: int):  # type: ignore[no-untyped-def]
     from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
 
     rank = 16
-    hyper = Hyperparameters(n_epochs=50, batch_size=1, max_length=rows)
-    spec = JobSpec(adapter=AdapterSpec(r=rank), hyperparameters=hyper).resolve(64)
+    hyper = Hyperparameters(n_epochs=50, batch_size=1)
+    spec = JobSpec(adapter=AdapterSpec(r=rank), hyperparameters=hyper).resolve(64, rows)
     design = AdapterDesign.new(spec.adapter, parts.sites, base_model=None, max_rank=rank)
     data = Dataset()
     for number in range(64):

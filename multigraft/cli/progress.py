@@ -34,7 +34,9 @@ async def follow(trainer: Trainer, job: FineTuneJob, console: Console) -> FineTu
                 seen = event.id
                 numbers.losses |= {k: v for k, v in (event.data or {}).items() if k in ("train_loss", "valid_loss")}
                 if event.data is None or not console.is_terminal:
-                    console.print(event.message, style=STYLES.get(event.level), markup=False, highlight=False)
+                    console.print(
+                        event.message, style=STYLES.get(event.level), markup=False, highlight=False, soft_wrap=True
+                    )
             progress.update(
                 bar,
                 description=job.status.value,

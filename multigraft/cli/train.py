@@ -46,6 +46,8 @@ class JobFlags:
     """What is learned from: examples, or preferences."""
     validation: Path | None = None
     """Data that is not trained on, to measure the loss with."""
+    start: str | None = None
+    """Trained adapter to go on from, by its name (ft:...); its settings are taken over."""
     suffix: str | None = None
     """Part of the trained model's name."""
     output: Path | None = None
@@ -145,7 +147,9 @@ async def _train(
             console.print(_after_interrupt(job, flags), markup=False, highlight=False, soft_wrap=True)
             raise
         if job.status is JobStatus.SUCCEEDED:
-            console.print(f"Trained: {job.fine_tuned_model}", style="bold", markup=False, highlight=False)
+            console.print(
+                f"Trained: {job.fine_tuned_model}", style="bold", markup=False, highlight=False, soft_wrap=True
+            )
             if flags.output is not None:
                 await trainer.save(job.id, flags.output)
                 console.print(f"Adapter: {flags.output}", markup=False, highlight=False)
@@ -165,7 +169,7 @@ async def _request(trainer: trainers.Trainer, flags: JobFlags, adapter: AdapterF
         "scope": adapter.scope,
     }
     return JobRequest(
-        model=flags.model,
+        model=flags.start or flags.model,
         training_file=await trainer.send(flags.data),
         validation_file=None if flags.validation is None else await trainer.send(flags.validation),
         method=flags.method,

@@ -38,27 +38,42 @@ class EngineTraining:
     def tokenizer(self) -> EngineTokenizer:
         return EngineTokenizer(self.engine)
 
-    def admit(self, spec: JobSpec) -> JobSpec:
+    def admit(self, spec: JobSpec) -> int:
         if self.parts.tokenizer is None:
             raise InvalidRequest(f"{self.model_name} has no tokenizer, so no training file can be read.")
         self.memory.check(self._nbytes(spec), 1)
         rows = self.memory.longest(self._nbytes(spec))
         rows //= 2 if spec.kind == "dpo" else 1  # a pair stays together
-        return spec.limit_length(min(self.parts.max_model_len, rows))
+        return min(self.parts.max_model_len, rows)
 
     def fits(self, spec: JobSpec) -> bool:
         return self.memory.fits(self._nbytes(spec), self._longest(spec))
 
-    def build(self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None) -> TrainingJob:
-        loaded = self.parts.loaded
-        design = self._design(spec)
-        max_tokens = self.memory.microbatch(design.nbytes(loaded.dtype), self._longest(spec))
-        adapter = TrainableAdapter.new(spec.adapter, design, seed=spec.seed, dtype=loaded.dtype, device=loaded.device)
-        return TrainingJob(id=job_id, spec=spec, adapter=adapter, train=train, validation=valid, max_tokens=max_tokens)
+    def build(
+        self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None, start: Path | None
+    ) -> TrainingJob:
+        make = partial(
+            TrainableAdapter.new,
+            spec.adapter,
+            self._design(spec),
+            seed=spec.seed,
+            dtype=self.parts.loaded.dtype,
+            device=self.parts.loaded.device,
+            start=start,
+        )
+        return TrainingJob(
+            id=job_id,
+            spec=spec,
+            adapter=make(),
+            train=train,
+            validation=valid,
+            max_tokens=self.memory.microbatch(self._nbytes(spec), self._longest(spec)),
+            reference=make() if spec.own_reference else None,
+        )
 
     def start(self, job: TrainingJob, weight: float, on_event: Callable[[Event], None]) -> Future[None]:
         left: Future[None] = Future()
-        self.memory.add(job.id, job.adapter.design.nbytes(self.parts.loaded.dtype), job.max_tokens)
+        self.memory.add(job.id, self._nbytes(job.spec), job.max_tokens)
         left.add_done_callback(lambda _: self.memory.remove(job.id))
         if not self.engine.post(partial(self.parts.trainer.start, job, weight, on_event, left)):
             left.set_exception(ShuttingDown("The engine has stopped and runs no jobs."))
@@ -87,7 +102,7 @@ class EngineTraining:
                 f"The adapter would have {block} bytes, more than the {most} bytes for adapters on the device "
                 f"(--adapter-memory-gib), so it could not be served."
             )
-        return design.nbytes(self.parts.loaded.dtype)
+        return design.nbytes(self.parts.loaded.dtype) * (2 if spec.own_reference else 1)
 
     def _longest(self, spec: JobSpec) -> int:
         """Rows that no microbatch can divide."""

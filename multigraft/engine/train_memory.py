@@ -16,7 +16,8 @@ CPU_BYTES = 2 * GIB
 CUDA_SHARE = 0.1
 """Of the GPU's memory, unless the configuration says how much."""
 MAX_ROWS = {"cuda": 8192, "cpu": 1024}
-"""Of a pass: about as many as keep the device busy; on the CPU a layer's activations should stay in the cache."""
+"""Of a pass: about as many as keep the device busy; on the CPU a layer's activations should stay in the cache. A pass
+with more is a single microbatch, of a longer sample."""
 KEEPING_ROWS = {"cuda": 2048, "cpu": 256}
 """Rows from which on a pass that keeps its activations beats a larger one that computes them again (on an H100, 2,048
 rows kept: 1.19 times PEFT's rate, 8,192 computed again: 1.07)."""
@@ -83,8 +84,10 @@ class TrainMemory:
         self._shrunk = True
 
     def longest(self, nbytes: int) -> int:
-        """Rows of a pass when a job with so many bytes beside activations runs alone."""
-        return self._rows(self.budget - nbytes)
+        """Rows of the largest pass that there is memory for when a job with so many bytes beside activations runs
+        alone."""
+        fixed, row = self._pass(keep=False)
+        return max(0, (self.budget - nbytes - fixed) // row)
 
     def microbatch(self, nbytes: int, longest: int) -> int:
         """Rows that a new job's microbatches may have: half of the room, so that other jobs find some too, but no fewer

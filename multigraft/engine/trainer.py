@@ -41,8 +41,9 @@ class Trainer:
     """Belongs to the engine's thread.
 
     A pass takes microbatches of the jobs while they fit, always the least served job's next; so small jobs fill up the
-    rows that one alone would leave, and none waits for another's optimizer. A job that fails leaves alone: passes that
-    raise are run again job by job.
+    rows that one alone would leave, and none waits for another's optimizer. While a job is ahead of one with more
+    weight it stays out of that one's passes, even if there are free rows, for they cost time too. A job that fails
+    leaves alone: passes that raise are run again job by job.
     """
 
     def __init__(self, model: TrainModel, memory: TrainMemory, *, rides: bool):
@@ -170,7 +171,9 @@ class Trainer:
             fits = m is not None and (
                 not chosen or (m.grad == chosen[0].grad and rows + m.num_tokens <= self.memory.max_rows)
             )
-            if m is None or not fits:
+            others = {c.job_id for c in chosen}
+            ahead = any(self._entries[o].weight > entry.weight and served[o] < served[entry.job.id] for o in others)
+            if m is None or not fits or ahead:
                 waiting.remove(entry)
                 continue
             entry.taken = None

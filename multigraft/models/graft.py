@@ -96,9 +96,13 @@ class GraftPoint:
     def residual(self, h: torch.Tensor) -> torch.Tensor:
         """The residual stream (..., hidden) after the adapters: h itself, changed, unless it is to have a gradient."""
         train = self.grafts.train
-        if train.active and (train.residual or torch.compiler.is_compiling()):  # compiled once for all adapters
-            return trained_residual(h.flatten(0, -2), self.handle, self.site_tensor).view_as(h)
-        self.add(h, h)
+        if not train.active:
+            self.add(h, h)
+            return h
+        flat = h.flatten(0, -2)
+        # Compiled once for all adapters. `grafts.active` is of the last served step, which may not be in this pass.
+        if train.residual or torch.compiler.is_compiling() or (self.grafts.active and len(flat) > train.rows.num):
+            return trained_residual(flat, self.handle, self.site_tensor).view_as(h)
         return h
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:

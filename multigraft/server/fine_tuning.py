@@ -133,6 +133,8 @@ def _show_event(event: JobEvent) -> dict[str, Any]:
 
 
 def _show_checkpoint(checkpoint: JobCheckpoint) -> dict[str, Any]:
+    # OpenAI tells validations of a batch from those of the whole file: ours are all of the whole file.
+    full = {f"full_{name}": value for name, value in checkpoint.metrics.items() if name.startswith("valid_")}
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",
@@ -140,5 +142,5 @@ def _show_checkpoint(checkpoint: JobCheckpoint) -> dict[str, Any]:
         "fine_tuned_model_checkpoint": checkpoint.model,
         "fine_tuning_job_id": checkpoint.job_id,
         "step_number": checkpoint.step,
-        "metrics": dict(checkpoint.metrics),
+        "metrics": {**checkpoint.metrics, **full},
     }

@@ -245,14 +245,26 @@ class UnloadAdapterRequest(WireRequest):
     lora_name: str = ""
 
 
-class MethodParameters(WireRequest):
+class StrictRequest(WireRequest):
+    """For what is too costly to be done otherwise than meant, because of a field with another name or place."""
+
+    @model_validator(mode="after")
+    def _refuse_unknown(self) -> StrictRequest:
+        for name, value in (self.model_extra or {}).items():
+            known = ", ".join(type(self).model_fields)
+            raise InvalidRequest(f"{name} is {value!r:.100}, but there is no such field here: {known}.", param=name)
+        return self
+
+
+class MethodParameters(StrictRequest):
     hyperparameters: dict[str, Any] = {}
 
 
-class FineTuningMethod(WireRequest):
+class FineTuningMethod(StrictRequest):
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: MethodParameters = MethodParameters()
     dpo: MethodParameters = MethodParameters()
+    reinforcement: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _check_type(self) -> FineTuningMethod:
@@ -260,6 +272,8 @@ class FineTuningMethod(WireRequest):
             raise InvalidRequest(
                 "method.type 'reinforcement' is not supported yet; it must be 'supervised' or 'dpo'.", param="method"
             )
+        for name in {"supervised", "dpo", "reinforcement"} & self.model_fields_set - {self.type}:
+            raise InvalidRequest(f"method.{name} is given, but method.type is {self.type!r}.", param="method")
         return self
 
     @property
@@ -267,14 +281,14 @@ class FineTuningMethod(WireRequest):
         return (self.dpo if self.type == "dpo" else self.supervised).hyperparameters
 
 
-class WandbParameters(WireRequest):
+class WandbParameters(StrictRequest):
     project: str = Field(min_length=1)
     name: str | None = None
     entity: str | None = None
     tags: list[str] = []
 
 
-class Integration(WireRequest):
+class Integration(StrictRequest):
     type: Literal["wandb"]
     wandb: WandbParameters
 
@@ -282,7 +296,7 @@ class Integration(WireRequest):
 FileId = Annotated[str, AfterValidator(lambda text: check_text(text, "file"))]
 
 
-class FineTuningRequest(WireRequest):
+class FineTuningRequest(StrictRequest):
     model: str
     training_file: FileId
     validation_file: FileId | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from multigraft.adapters.fields import Fields
@@ -16,7 +17,7 @@ from multigraft.adapters.peft_files import CONFIG, WEIGHTS
 from multigraft.adapters.peft_files import METHODS as SERVED
 from multigraft.adapters.plan import Piece, Plan
 from multigraft.adapters.site import Site, SiteBlock
-from multigraft.core.errors import InvalidRequest
+from multigraft.core.errors import InvalidRequest, JobFailed
 from multigraft.core.region import Ranges, Region, Scope, as_scope
 
 from .methods import METHODS
@@ -125,11 +126,22 @@ class TrainableAdapter:
 
     @classmethod
     def new(
-        cls, spec: AdapterSpec, design: AdapterDesign, *, seed: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        spec: AdapterSpec,
+        design: AdapterDesign,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        start: Path | None = None,
     ) -> TrainableAdapter:
-        """Initialised so that the model starts as the base model; equal seeds give equal adapters on every device."""
-        tensors = {key: torch.empty(shape) for key, shape in design.shapes.items()}
-        METHODS[spec.method].initialise(tensors, torch.Generator().manual_seed(seed))
+        """With the weights in the PEFT folder `start`; without one, initialised so that the model starts as the base
+        model. Equal seeds give equal adapters on every device. JobFailed when the folder cannot be read."""
+        if start is not None:
+            tensors = _read_weights(start)
+        else:
+            tensors = {key: torch.empty(shape) for key, shape in design.shapes.items()}
+            METHODS[spec.method].initialise(tensors, torch.Generator().manual_seed(seed))
         adapter = cls(design, dtype=dtype, device=device)
         adapter.fill(tensors)
         return adapter
@@ -218,6 +230,13 @@ def orthonormal_rows(p: torch.Tensor) -> torch.Tensor:
     """(..., r, n) of full rank: the matrix with orthonormal rows, each spanning with those before it what p's do."""
     lower, _ = torch.linalg.cholesky_ex(p @ p.mT)
     return torch.linalg.solve_triangular(lower, p, upper=False)
+
+
+def _read_weights(folder: Path) -> Tensors:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as e:
+        raise JobFailed(f"The adapter that the job goes on from cannot be read: {e}.") from e
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:

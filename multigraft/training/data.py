@@ -147,14 +147,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int, int]]:
 
 
 def _check_beginning(line: bytes) -> bytes:
-    for start, what in (
-        (b"\xff\xfe", "UTF-16"),
-        (b"\xfe\xff", "UTF-16"),
-        (b"\x1f\x8b", "gzip"),
-        (b"PK\x03\x04", "zip"),
-    ):
-        if line.startswith(start):
-            raise DataError(f"The file is {what}; it must be JSON lines in UTF-8.")
+    known = (what for start, what in BEGINNINGS.items() if line.startswith(start))
+    what = "UTF-16" if b"\0" in line[:2] else next(known, None)
+    if what is not None:
+        raise DataError(f"The file is {what}; it must be JSON lines in UTF-8.")
     return line.removeprefix(b"\xef\xbb\xbf")
 
 

@@ -58,6 +58,11 @@ class Dataset:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return int(np.diff(np.array(self._starts, dtype=np.int64)).max())
+
     def lengths(self) -> np.ndarray:
         """(examples,) tokens of each."""
         return np.diff(np.array(self._starts, dtype=np.int64)).reshape(len(self), -1).sum(axis=1)

@@ -38,16 +38,21 @@ class TrainingEngine(Protocol):
         """Its methods are called off the loop."""
         ...
 
-    def admit(self, spec: JobSpec) -> JobSpec:
-        """The spec with max_length settled; CapacityExceeded, with the arithmetic, for what can never fit."""
+    def admit(self, spec: JobSpec) -> int:
+        """Tokens of a sample that there is room for; CapacityExceeded, with the arithmetic, for what can never fit."""
         ...
 
     def fits(self, spec: JobSpec) -> bool:
         """Whether there is memory for such a job beside those that run now."""
         ...
 
-    def build(self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None) -> TrainingJob:
-        """A job at its start. Called off the loop, after fits() and before any other job's start()."""
+    def build(
+        self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None, start: Path | None
+    ) -> TrainingJob:
+        """A job at its start. Called off the loop, after fits() and before any other job's start().
+
+        start: PEFT folder of the adapter that it goes on from; None: a new one.
+        """
         ...
 
     def start(self, job: TrainingJob, weight: float, on_event: Callable[[Event], None]) -> Future[None]:

@@ -52,7 +52,7 @@ class _Part:
 
     examples: list[int]
     reference: bool = False
-    """Whether the base model runs it alone, for the log-probabilities that dpo compares with."""
+    """Whether the reference runs it, for the log-probabilities that dpo compares with."""
     seed: int = 0
 
 
@@ -97,11 +97,14 @@ class TrainingJob:
         train: Dataset,
         validation: Dataset | None = None,
         max_tokens: int,
+        reference: TrainableAdapter | None = None,
     ):
-        """spec: resolved. max_tokens: of a microbatch; CapacityExceeded when a sample, or a dpo pair, has more."""
+        """spec: resolved. max_tokens: of a microbatch; CapacityExceeded when a sample, or a dpo pair, has more.
+        reference: what dpo compares with, an adapter that is not trained; None: the base model."""
         self.id = id
         self.spec = spec
         self.adapter = adapter
+        self.reference = reference
         self.stage = Stage.TRAIN
         self.step = 0
         """Optimizer steps done, of num_steps."""
@@ -119,7 +122,7 @@ class TrainingJob:
         self._num_worse = 0
         """Validations since the best."""
         self._latest: dict[str, float] = {}
-        # dpo: the base model's log-probability of each sequence, NaN until its example is first seen.
+        # dpo: the reference's log-probability of each sequence, NaN until its example is first seen.
         self._reference = {
             stage: torch.full((len(data), 2), math.nan, device=adapter.parameters.device)
             for stage, data in self._data.items()
@@ -148,7 +151,7 @@ class TrainingJob:
         microbatch = Microbatch(
             job_id=self.id,
             samples=samples,
-            adapter=None if part.reference else self.adapter,
+            adapter=self.reference if part.reference else self.adapter,
             objective=self._objective(part, samples),
             grad=self.stage is Stage.TRAIN and not part.reference,
             seed=part.seed,
@@ -206,7 +209,7 @@ class TrainingJob:
         return Dpo(known, self.spec.hyperparameters.beta, self._total)
 
     def _unknown(self, examples: list[int]) -> set[int]:
-        """Those that dpo has not asked the base model about yet."""
+        """Those that dpo has not asked the reference about yet."""
         if self.spec.kind != "dpo":
             return set()
         known = self._reference[self.stage][self._index(examples)]

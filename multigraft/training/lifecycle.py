@@ -197,7 +197,8 @@ class JobRun:
 
     def _build(self, inputs: Inputs) -> TrainingJob:
         """At its start or, when there is one, at its last checkpoint."""
-        job = self._shared.engine.build(self.id, inputs.spec, inputs.train, inputs.valid)
+        start = None if inputs.spec.start is None else self._store.start_folder(self.id)
+        job = self._shared.engine.build(self.id, inputs.spec, inputs.train, inputs.valid, start)
         last = self._store.last_checkpoint(self.id)
         if last is not None:
             restore(job, self._store.checkpoint_folder(last))

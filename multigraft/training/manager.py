@@ -8,6 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from multigraft.core.config import TrainingConfig
@@ -29,6 +30,7 @@ from . import records, trackers
 from .engine import TrainingEngine
 from .inputs import parse_spec, settled
 from .lifecycle import JobRun, Shared
+from .spec import same_adapter
 from .store import CheckpointRow, EventRow, FileRow, JobRow, Row, TrainingStore, Upload, new_id
 
 log = logging.getLogger(__name__)
@@ -117,12 +119,10 @@ class TrainingManager:
     # Jobs ------------------------------------------------------------------------------------------------------
 
     async def create(self, request: JobRequest) -> FineTuneJob:
-        base = self._shared.engine.model_name
-        if request.model != base:
-            raise ModelNotFound(
-                f"The model `{request.model}` cannot be fine-tuned here; this server's base model is `{base}`.",
-                param="model",
-            )
+        engine = self._shared.engine
+        start = None
+        if request.model != engine.model_name:
+            request, start = await asyncio.to_thread(self._going_on, request)
         if request.suffix is not None and not SUFFIX.fullmatch(request.suffix):
             raise InvalidRequest(
                 f"suffix is {request.suffix!r:.100}; it must be 1 to {MAX_SUFFIX_LEN} letters, digits, dots, hyphens "
@@ -132,7 +132,8 @@ class TrainingManager:
         trackers.check_wandb(request.wandb)
         for param in ("training_file", "validation_file"):
             await self._check_file(getattr(request, param), param)
-        spec = self._shared.engine.admit(parse_spec(request))
+        spec = parse_spec(request, engine.model_name)
+        spec.max_length(engine.admit(spec))
 
         row = JobRow(
             id=new_id("ftjob"),
@@ -142,10 +143,29 @@ class TrainingManager:
         )
         run = JobRun(row, self._shared, self._end)
         created = [run.event(f"Created fine-tuning job: {row.id}"), run.event(f"Validating {request.training_file}")]
-        await asyncio.to_thread(self._store.add_job, row, created)
+        await asyncio.to_thread(self._store.add_job, row, created, start)
         self._runs[run.id] = run
         run.launch()
         return run.view
+
+    def _going_on(self, request: JobRequest) -> tuple[JobRequest, Path]:
+        """The request with the settings of the trained adapter that its model names, and that adapter's folder."""
+        checkpoint = self._store.trained(request.model)
+        if checkpoint is None:
+            raise ModelNotFound(
+                f"The model `{request.model}` cannot be fine-tuned here; model must be this server's base model, "
+                f"`{self._shared.engine.model_name}`, or the name of an adapter that was trained on it.",
+                param="model",
+            )
+        trained = records.load_request(self._store.job(checkpoint.job_id).request).adapter
+        adapter = dict(request.adapter) | same_adapter(trained, request.hyperparameters, request.adapter)
+        return replace(request, adapter=adapter), self._adapter_of(checkpoint)
+
+    def _adapter_of(self, checkpoint: CheckpointRow) -> Path:
+        folder = self._store.checkpoint_folder(checkpoint) / "adapter"
+        if not folder.is_dir():
+            raise NotFound(f"The adapter of {checkpoint.model!r} has been removed from the disk.")
+        return folder
 
     async def _check_file(self, file_id: str | None, param: str) -> None:
         if file_id is None:
@@ -225,10 +245,7 @@ class TrainingManager:
                 assert row is not None
             else:
                 raise InvalidRequest(f"Job {job_id!r} is {job.status}; it has an adapter once it has succeeded.")
-            folder = self._store.checkpoint_folder(row) / "adapter"
-            if not folder.is_dir():
-                raise NotFound(f"The adapter of {checkpoint_id or job_id!r} has been removed from the disk.")
-            return folder
+            return self._adapter_of(row)
 
         return await asyncio.to_thread(find)
 

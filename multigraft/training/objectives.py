@@ -47,7 +47,7 @@ class Dpo:
 
     two_pass: ClassVar[bool] = True
     reference: torch.Tensor
-    """(pairs, 2) float32 on the device: the sums of the base model's log-probabilities. Read when the loss is made."""
+    """(pairs, 2) float32 on the device: the sums of the reference's log-probabilities. Read when the loss is made."""
     beta: float
     total: int
     """Pairs of the whole optimizer step."""
@@ -60,7 +60,7 @@ class Dpo:
         return loss, [s.expand(len(logp)) for s, logp in zip(slopes.unbind(), logps, strict=True)]
 
     def margins(self, logps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(pairs,) how much more than the base model the adapter prefers the preferred, times beta."""
+        """(pairs,) how much more than the reference the adapter prefers the preferred, times beta."""
         ratios = sequence_sums(logps).view(-1, 2) - self.reference
         return self.beta * (ratios[:, 0] - ratios[:, 1])
 

@@ -126,14 +126,18 @@ class AdapterSpec:
     initialisation: Annotated[str, _choice("default")] = "default"
 
     def __post_init__(self) -> None:
-        own = METHODS[self.method].fields
-        optional = frozenset().union(*(method.fields for method in METHODS.values()))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in optional - own and value != field.default:
+            if field.name in self.foreign and value != field.default:
                 raise InvalidRequest(
                     f"{field.name} is {value!r}, but {self.method} has no such setting.", param=field.name
                 )
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """Fields that other methods have and this one has not."""
+        optional: frozenset[str] = frozenset().union(*(method.fields for method in METHODS.values()))
+        return optional - METHODS[self.method].fields
 
     @property
     def depends_on_prompt(self) -> bool:
@@ -173,7 +177,7 @@ class Hyperparameters:
     max_grad_norm: Annotated[float, _number(0, 1e6)] = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
     max_length: Annotated[int | Auto, _or("auto", _integer(2, 2**24))] = "auto"
-    """Longest sample, in tokens; longer ones are left out and counted. auto: the model's context."""
+    """Longest sample, in tokens; longer ones are left out and counted. auto: the longest that is there and fits."""
     packing: Annotated[bool, _of(bool, "true or false", lambda v: True)] = True
     """Whether several samples share a pass; the result is the same."""
     beta: Annotated[float | Auto, _or("auto", _number(0, 1000, above=True))] = "auto"
@@ -196,6 +200,14 @@ class JobSpec:
     hyperparameters: Hyperparameters = dataclasses.field(default_factory=Hyperparameters)
     seed: int = 0
     """Of the adapter's initialisation, the order of the data, and dropout."""
+    start: str | None = None
+    """Name of the trained adapter that it goes on from; None: a new one."""
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether dpo compares with the adapter as it was at the start, which is then kept, and not with the base
+        model."""
+        return self.kind == "dpo" and self.start is not None
 
     def __post_init__(self) -> None:
         if self.kind != "dpo" and self.hyperparameters.beta != "auto":
@@ -203,7 +215,13 @@ class JobSpec:
 
     @classmethod
     def parse(
-        cls, *, kind: str, hyperparameters: Mapping[str, Any], adapter: Mapping[str, Any], seed: int | None
+        cls,
+        *,
+        kind: str,
+        hyperparameters: Mapping[str, Any],
+        adapter: Mapping[str, Any],
+        seed: int | None,
+        start: str | None = None,
     ) -> JobSpec:
         """The two mappings are one namespace: every field may stand in either. InvalidRequest names field and value.
 
@@ -218,6 +236,7 @@ class JobSpec:
             adapter=_from_fields(AdapterSpec, fields),
             hyperparameters=_from_fields(Hyperparameters, fields),
             seed=seed,
+            start=start,
         )
         if fields:
             name, value = next(iter(fields.items()))
@@ -228,27 +247,28 @@ class JobSpec:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> JobSpec:
         """The inverse of to_dict."""
-        return cls.parse(**{name: raw[name] for name in ("kind", "hyperparameters", "adapter", "seed")})
+        return cls.parse(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return dataclasses.asdict(self)
+        """As JSON can hold it, without the settings that its methods have not."""
+        fields = dataclasses.asdict(self)
+        for name in self.adapter.foreign:
+            del fields["adapter"][name]
+        if self.kind != "dpo":
+            del fields["hyperparameters"]["beta"]
+        return fields
 
-    def limit_length(self, longest: int) -> JobSpec:
-        """With max_length a number. longest: tokens of a sample that the model, and a training pass, have room for.
-
-        The two samples of a dpo pair share a pass.
-        """
+    def max_length(self, room: int) -> int:
+        """Tokens of a sample that may be trained on. room: how many the model, and a training pass, have room for."""
         wanted = self.hyperparameters.max_length
-        if wanted != "auto" and wanted > longest:
+        if wanted != "auto" and wanted > room:
             raise InvalidRequest(
-                f"max_length is {wanted}, but at most {longest} tokens of a sample fit.", param="max_length"
+                f"max_length is {wanted}, but at most {room} tokens of a sample fit.", param="max_length"
             )
-        length = longest if wanted == "auto" else wanted
-        return dataclasses.replace(self, hyperparameters=dataclasses.replace(self.hyperparameters, max_length=length))
+        return room if wanted == "auto" else wanted
 
-    def resolve(self, num_examples: int) -> JobSpec:
-        """With a number for every "auto" but max_length's. num_examples: samples, or pairs of dpo."""
+    def resolve(self, num_examples: int, longest: int) -> JobSpec:
+        """With a number for every "auto". num_examples: samples, or pairs of dpo. longest: tokens of a sample."""
         h = self.hyperparameters
         n_epochs = _auto(h.n_epochs, _auto_epochs(num_examples))
         batch_size = min(num_examples, _auto(h.batch_size, min(64, max(4, round(num_examples / 500)))))
@@ -261,12 +281,26 @@ class JobSpec:
             batch_size=batch_size,
             learning_rate=_auto(h.learning_rate, rate),
             learning_rate_multiplier=_auto(h.learning_rate_multiplier, 1.0),
+            max_length=_auto(h.max_length, longest),
             warmup_steps=_auto(h.warmup_steps, 0 if h.schedule == "constant" else num_steps * 3 // 100),
             beta=_auto(h.beta, 0.1) if self.kind == "dpo" else h.beta,
             checkpoint_steps=_auto(h.checkpoint_steps, min(steps_per_epoch, 200)),
             eval_interval=_auto(h.eval_interval, max(1, num_steps // 10)),
         )
         return dataclasses.replace(self, adapter=self.adapter.resolve(), hyperparameters=resolved)
+
+
+def same_adapter(trained: Mapping[str, Any], *given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an adapter like the `trained` one that a job goes on from. The given settings need not repeat them,
+    and may change dropout alone."""
+    wanted = {name: value for fields in given for name, value in fields.items()}
+    for name, value in trained.items():
+        if name != "dropout" and wanted.get(name, value) != value:
+            raise InvalidRequest(
+                f"{name} is {wanted[name]!r}, but the adapter that the job goes on from has {value!r}; leave it out.",
+                param=name,
+            )
+    return {name: value for name, value in trained.items() if name not in wanted}
 
 
 def _auto(value: Any, number: Any) -> Any:

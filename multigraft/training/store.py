@@ -7,6 +7,7 @@
     jobs/<job id>/checkpoints/<step>/
         adapter/                PEFT folder, served under the checkpoint's name
         state/                  what goes on from here; only the job's newest checkpoint has it
+    jobs/<job id>/start/        PEFT folder that the job goes on from, until it is over
     jobs/<job id>/tensorboard/  logs, when tensorboard is installed
 
 A folder or file appears under its name complete, by a rename, and its row is written after it; what has no row is
@@ -29,6 +30,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from multigraft.core.errors import InvalidRequest, NotFound, StorageFull, TooLarge
 from multigraft.core.training import MAX_FILE_BYTES, JobStatus, Page
@@ -216,7 +219,11 @@ class TrainingStore:
 
     # Jobs ------------------------------------------------------------------------------------------------------
 
-    def add_job(self, row: JobRow, events: Iterable[EventRow]) -> None:
+    def add_job(self, row: JobRow, events: Iterable[EventRow], start: Path | None = None) -> None:
+        """start: folder of the adapter that it goes on from, of which it gets a copy: the original may be removed."""
+        if start is not None:
+            with self._new_folder(self.start_folder(row.id)) as folder:
+                shutil.copytree(start, folder, dirs_exist_ok=True)
         with self._transaction() as db:
             for new in (row, *events):
                 self._insert(db, new)
@@ -258,6 +265,9 @@ class TrainingStore:
     def job_folder(self, job_id: str) -> Path:
         return self.folder / "jobs" / job_id
 
+    def start_folder(self, job_id: str) -> Path:
+        return self.job_folder(job_id) / "start"
+
     # Checkpoints -----------------------------------------------------------------------------------------------
 
     def checkpoint_folder(self, row: CheckpointRow) -> Path:
@@ -284,6 +294,12 @@ class TrainingStore:
         rows = self._select(CheckpointRow, "WHERE job_id = ? ORDER BY seq DESC LIMIT 1", [job_id])
         return rows[0] if rows else None
 
+    def trained(self, model: str) -> CheckpointRow | None:
+        """What is served under a name."""
+        where = "WHERE model = ? OR job_id IN (SELECT id FROM jobs WHERE fine_tuned_model = ?)"
+        rows = self._select(CheckpointRow, f"{where} ORDER BY seq DESC LIMIT 1", [model, model])
+        return rows[0] if rows else None
+
     def checkpoint(self, job_id: str, checkpoint_id: str) -> CheckpointRow:
         rows = self._select(CheckpointRow, "WHERE job_id = ? AND id = ?", [job_id, checkpoint_id])
         return _only(rows, f"Job {job_id!r} has no checkpoint {checkpoint_id!r}.")
@@ -302,9 +318,10 @@ class TrainingStore:
         shutil.rmtree(self.checkpoint_folder(row), ignore_errors=True)
 
     def drop_state(self, job_id: str) -> None:
-        """Of a job that will never go on."""
-        for state in (self.job_folder(job_id) / "checkpoints").glob("*/state"):
-            shutil.rmtree(state, ignore_errors=True)
+        """Of a job that will never go on: what it would go on from."""
+        folder = self.job_folder(job_id)
+        for path in (*folder.glob("start*"), *folder.glob("checkpoints/*/state")):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _drop_states(self, newest: CheckpointRow) -> None:
         for state in (self.job_folder(newest.job_id) / "checkpoints").glob("*/state"):
@@ -341,8 +358,10 @@ class TrainingStore:
         for path in self.folder.glob("jobs/*/checkpoints/*"):
             if path not in kept:
                 shutil.rmtree(path)
-        for job in {row.job_id for row in self.checkpoints()} - {row.id for row in self.unfinished_jobs()}:
-            self.drop_state(job)
+        unfinished = {row.id for row in self.unfinished_jobs()}
+        for path in (self.folder / "jobs").iterdir():
+            if path.name not in unfinished:
+                self.drop_state(path.name)
 
 
 class Upload:
@@ -412,12 +431,17 @@ def _only(rows: list[Row], message: str) -> Row:
 
 @contextmanager
 def _full_disk() -> Iterator[None]:
+    full = (errno.ENOSPC, errno.EDQUOT)
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in full:
             raise
         raise StorageFull(f"The disk of the data folder is full: {error.strerror}.") from error
+    except SafetensorError as error:  # it has the number in its text alone
+        if not any(f"(os error {number})" in str(error) for number in full):
+            raise
+        raise StorageFull(f"The disk of the data folder is full: {error}.") from error
     except sqlite3.OperationalError as error:
         if "full" not in str(error):
             raise

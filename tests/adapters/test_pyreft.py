@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from multigraft import Engine, SamplingParams
 from multigraft.adapters.peft_files import inspect, read
 from multigraft.adapters.pyreft import import_pyreft
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.cli.main import app
 from multigraft.core.errors import AdapterError
 from multigraft.core.region import PromptEnds, Scope
+from tests.tiny import build_checkpoint
 
 HIDDEN, RANK = 24, 3
 
@@ -155,3 +158,44 @@ def test_against_pyreft_itself(tmp_path: Path) -> None:
         h = torch.randn(5, HIDDEN)
         ours = h + (h @ W.T + b - (h @ R.T if name in ("Loreft", "Noreft") else 0)) @ R
         torch.testing.assert_close(ours, theirs(h).detach(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Loreft", "Direft", "Noreft", "Nodireft"])
+def test_a_folder_that_pyreft_saved_serves_what_pyreft_computes(tmp_path: Path, name: str) -> None:
+    """pyreft wants a transformers of long ago, but runs with this one:
+    pip install --no-deps --target DIR pyreft pyvene; PYTHONPATH=DIR pytest tests/adapters/test_pyreft.py"""
+    pyreft = pytest.importorskip("pyreft", reason="pyreft is not installed", exc_type=ImportError)
+    checkpoint = build_checkpoint(tmp_path / "model", "llama")
+    ids = [5, 9, 14, 7, 33, 21]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        base = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    intervention, size = getattr(pyreft, f"{name}Intervention"), model.config.hidden_size
+    torch.manual_seed(0)
+    layers = [
+        {
+            "layer": layer,
+            "component": "block_output",
+            "low_rank_dimension": RANK,
+            "intervention": intervention(embed_dim=size, low_rank_dimension=RANK, dtype=torch.float32, add_bias=True),
+        }
+        for layer in (0, 2)
+    ]
+    theirs = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=layers), set_device=False)
+    theirs.eval()
+    theirs.save(str(tmp_path / "saved"))
+    ends = [[[0, len(ids) - 1]]] * len(layers)
+    with torch.no_grad():
+        _, out = theirs({"input_ids": torch.tensor([ids])}, unit_locations={"sources->base": (None, ends)})
+    expected = out.logits[0, -1].log_softmax(-1)
+    assert (expected - base).abs().max() > 0.05
+
+    import_pyreft(tmp_path / "saved", tmp_path / "ours", positions="f1+l1")
+    with Engine(str(checkpoint), dtype="float32", kv_cache_gib=0.01, adapter_memory_gib=0.02) as engine:
+        engine.load_adapter("x", str(tmp_path / "ours"))
+        sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=20)
+        [result] = engine.generate([ids], sampling, ["x"])
+    [first] = result.completions[0].logprobs
+    assert len(first.top) >= 20
+    for token in first.top:
+        assert token.logprob == pytest.approx(expected[token.token_id].item(), abs=1e-5)

@@ -132,6 +132,10 @@ def test_on_a_server(train, server, data, tmp_path):
     assert name == f"ft:base:multigraft:s:{job[-8:]}" and f"Trained: {name}" in result.output
     again = train("base", "--follow", job, "--server", server + "/v1", "--api-key", "secret")
     assert again.exit_code == 0 and "Step 4/4" in again.output
+    more = train("base", data, "--start", name, "--n-epochs", 1, "--server", server, "--api-key", "secret")
+    assert more.exit_code == 0 and "Trained: ft:base:multigraft::" in more.output
+    refused = train("base", data, "--start", name, "--r", 8, "--server", server, "--api-key", "secret")
+    assert refused.exit_code == 2 and "goes on from has 4" in refused.output
 
 
 @pytest.mark.parametrize(

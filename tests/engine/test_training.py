@@ -20,15 +20,17 @@ from multigraft.training.adapter import AdapterDesign, TrainableAdapter
 from multigraft.training.batches import Order
 from multigraft.training.dataset import Dataset
 from multigraft.training.job import Event, EventKind, TrainingJob
+from multigraft.training.microbatch import Sample
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
 from tests.engine.peft_cases import CASES, write_adapter
+from tests.engine.reft_cases import write_reft
 from tests.models.test_train_pass import log_probabilities
 from tests.models.train_cases import samples
 from tests.tiny import VOCAB, build_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 LENGTHS = (19, 7, 23, 11, 30, 16, 9, 21, 14, 26)
-PLAIN = Hyperparameters(n_epochs=2, batch_size=4, learning_rate=5e-3, schedule="constant", max_length=64)
+PLAIN = Hyperparameters(n_epochs=2, batch_size=4, learning_rate=5e-3, schedule="constant")
 
 
 class World:
@@ -45,16 +47,20 @@ class World:
         self.core = self.engine._engine._core
         self.parts = self.core.parts
         self.adapters = [write_adapter(self.checkpoint, folder / c.name, c, seed=i) for i, c in enumerate(CASES[:4])]
+        self.adapters.append(write_reft(folder / "reft", "nodireft", layers=[0, 2], seed=4))
         self.names = [self.engine.load_adapter(f.name, str(f)).name for f in self.adapters]
 
-    def job(self, name: str, seed: int, spec: JobSpec, max_tokens: int = 64) -> TrainingJob:
-        data = Dataset()
-        for sample in samples(VOCAB, LENGTHS, seed=seed):
-            data.add((sample,))
-        spec = replace(spec, seed=seed).resolve(len(LENGTHS))
+    def job(self, name: str, seed: int, spec: JobSpec, data: Dataset | None = None) -> TrainingJob:
+        """data: also to validate with."""
+        validation = data
+        if data is None:
+            data = Dataset()
+            for sample in samples(VOCAB, LENGTHS, seed=seed):
+                data.add((sample,))
+        spec = replace(spec, seed=seed).resolve(len(data), data.longest)
         design = AdapterDesign.new(spec.adapter, self.parts.sites, base_model=None, max_rank=64)
         adapter = TrainableAdapter.new(spec.adapter, design, seed=seed, dtype=torch.float32, device="cpu")
-        return TrainingJob(id=name, spec=spec, adapter=adapter, train=data, max_tokens=max_tokens)
+        return TrainingJob(id=name, spec=spec, adapter=adapter, train=data, validation=validation, max_tokens=64)
 
     def start(self, job: TrainingJob, weight: float = 1.0) -> Run:
         run = Run(job)
@@ -135,6 +141,13 @@ def test_jobs_and_requests_do_not_touch_each_other(world: World) -> None:
     names = [None, *world.names]
     prompts = [list(range(4, 10 + 9 * i)) for i in range(len(names))]
     expected = [r.completions[0].token_ids for r in world.engine.generate(prompts, GREEDY, names)]
+
+    def one_by_one() -> list:
+        jobs = zip(prompts, names, strict=True)
+        results = [world.engine.generate([p], replace(GREEDY, logprobs=5), [n])[0] for p, n in jobs]
+        return [r.completions[0].logprobs for r in results]
+
+    bits = one_by_one()
     block = world.parts.bank.arena.clone()
     base = {n: p.clone() for n, p in world.parts.loaded.model.named_parameters()}
 
@@ -146,8 +159,65 @@ def test_jobs_and_requests_do_not_touch_each_other(world: World) -> None:
         rounds += 1
     for name, run in runs.items():
         assert run.losses() == pytest.approx(alone[name], rel=1e-4), name
+    assert one_by_one() == bits
     assert torch.equal(world.parts.bank.arena, block)
     assert all(torch.equal(base[n], p) for n, p in world.parts.loaded.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "lora", "r": 4},
+        {"method": "rslora", "r": 4, "scope": Scope.PREFILL},
+        {"method": "lora", "r": 4, "alora_invocation_tokens": (9, 10)},
+        {"method": "loreft", "r": 8, "scope": Scope.PREFILL},
+        {"method": "loreft", "r": 8, "positions": "f1+l3"},
+        {"method": "direft", "r": 8},
+    ],
+    ids=lambda adapter: "-".join(map(str, adapter.values())),
+)
+def test_what_is_served_is_what_was_trained(world: World, tmp_path: Path, adapter: dict) -> None:
+    """An answer learned by heart is given, its tokens as probable as the job's last validation said."""
+    prompt, answer = (30, 31, 9, 10, 40, 41), (100, 7, 101)
+    data = Dataset()
+    data.add((Sample(tokens=prompt + answer, weights=(0.0,) * 6 + (1.0,) * 3, prompt_len=6),))
+    hyperparameters = Hyperparameters(n_epochs=100, batch_size=1, learning_rate=4e-2, eval_interval=100)
+    job = world.job("by-heart", 1, spec(hyperparameters=hyperparameters, **adapter), data=data)
+    run = world.start(job)
+    run.left.result(120)
+    loss = run.events[-1].data["valid_loss"]
+    assert 0 < loss < 0.5
+
+    job.adapter.save(tmp_path / "adapter")
+    engine, sampling = world.engine, replace(GREEDY, max_tokens=3, ignore_eos=True, logprobs=0)
+    engine.load_adapter("by-heart", str(tmp_path / "adapter"))
+    try:
+        (adapted, base) = (r.completions[0] for r in engine.generate([prompt] * 2, sampling, ["by-heart", None]))
+    finally:
+        engine.unload_adapter("by-heart")
+    assert tuple(adapted.token_ids) == answer != tuple(base.token_ids)
+    mean = sum(-place.token.logprob for place in adapted.logprobs) / len(answer)
+    assert mean == pytest.approx(loss, rel=1e-3)
+
+
+def test_weights_share_the_training(world: World) -> None:
+    """Of two jobs that fit into one pass, the one with three times the weight does three times the steps."""
+    told: list[tuple[str, int]] = []
+    runs = {name: Run(world.job(name, 5, spec("lora", replace(PLAIN, n_epochs=8)))) for name in ("light", "heavy")}
+
+    def start() -> None:
+        for (name, run), weight in zip(runs.items(), (0.5, 1.5), strict=True):
+            world.parts.trainer.start(
+                run.job, weight, lambda event, name=name: told.append((name, event.step)), run.left
+            )
+
+    world.core.post(start)
+    for run in runs.values():
+        run.left.result(120)
+    num_steps = runs["heavy"].job.num_steps
+    before = [step for name, step in told[: told.index(("heavy", num_steps))] if name == "light"]
+    assert num_steps == 24 and before[-1] == pytest.approx(8, abs=1)
+    assert told[-1] == ("light", num_steps)
 
 
 def test_a_job_that_diverges_fails_alone(world: World) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from multigraft import Engine, SamplingParams
+from multigraft.models import train_pass
 from multigraft.models.train_pass import TrainModel, TrainPass
 from multigraft.training.microbatch import Microbatch, Sample
 from tests.engine.peft_cases import CASES, write_adapter
@@ -214,6 +215,25 @@ def test_a_two_pass_objective(llama: World) -> None:
     )
 
 
+def test_the_head_sees_rows_of_trained_tokens_alone_in_pieces(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that logits of all rows never exist, and the result is the same."""
+    batch, pieces = samples(VOCAB, LENGTHS, seed=3), []
+    head = llama.parts.loaded.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, out: pieces.append(out.shape.numel() // VOCAB))
+    try:
+        whole, cut = (llama.lora("all8") for _ in range(2))
+        loss = llama.run(microbatch(whole, batch)).results[0].loss
+        monkeypatch.setattr(train_pass, "HEAD_ROWS", 7)
+        pieces.clear()
+        assert llama.run(microbatch(cut, batch)).results[0].loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    finally:
+        handle.remove()
+    num_trained = sum(1 for s in batch for w in s.weights if w)
+    assert sum(pieces) == num_trained < sum(map(len, (s.tokens for s in batch))) and max(pieces) == 7
+    scale = whole.block_grad.abs().max().item()
+    torch.testing.assert_close(cut.block_grad, whole.block_grad, rtol=0, atol=1e-5 * scale)
+
+
 def test_evaluation_keeps_nothing_and_counts(llama: World) -> None:
     adapter, batch = llama.lora("all8"), samples(VOCAB, LENGTHS, seed=3)
     done = llama.run(microbatch(adapter, batch, grad=False))
@@ -252,9 +272,9 @@ def test_served_rows_and_training_rows_in_one_forward(
     world: World, monkeypatch: pytest.MonkeyPatch, keep: bool, count: int
 ) -> None:
     """Passes ride through every step of a mixed batch of served adapters; neither side sees the other."""
-    folders = {
-        n: write_adapter(world.checkpoint, world.folder / f"s-{n}-{keep}-{count}", BY_NAME[n], seed=4) for n in BY_NAME
-    }
+    root = world.folder / f"s-{keep}-{count}"
+    folders = {n: write_adapter(world.checkpoint, root / n, BY_NAME[n], seed=4) for n in BY_NAME}
+    folders |= {n: write_reft(root / n, n, layers=[0, 2], seed=4) for n in ("loreft", "nodireft")}
     engine, runner = world.engine, world.parts.runner
     names = [None, *(engine.load_adapter(f"{n}-{keep}-{count}", str(f)).name for n, f in folders.items())]
     prompts = [list(range(5, 9 + 7 * i)) for i in range(len(names))]
@@ -262,7 +282,9 @@ def test_served_rows_and_training_rows_in_one_forward(
     expected = [r.completions[0].token_ids for r in engine.generate(prompts, greedy, names)]
     batch = samples(VOCAB, LENGTHS, seed=3)
     alone, riding = world.lora("all8"), world.lora("all8")
-    world.run(microbatch(alone, batch))
+    done = world.run(microbatch(alone, batch))  # right after a step of served adapters
+    loss, _ = peft_gradients(world, alone, batch)
+    assert done.results[0].loss.item() == pytest.approx(loss, rel=1e-4)
     finished = []
     execute = runner.execute
 

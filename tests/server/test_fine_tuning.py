@@ -4,6 +4,7 @@ import asyncio
 import csv
 import io
 import json
+import shutil
 import zipfile
 
 import httpx
@@ -65,10 +66,16 @@ SMALL = {"n_epochs": 2, "batch_size": 4}
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": SMALL}}
 
 
-async def create(openai, file, **fields):
+async def create(openai, file, *, model="base", **fields):
     hyperparameters = SMALL | fields.pop("hyperparameters", {})
     method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
-    return await openai.fine_tuning.jobs.create(model="base", training_file=file.id, method=method, **fields)
+    job = await openai.fine_tuning.jobs.create(model=model, training_file=file.id, method=method, **fields)
+    return strictly(job)
+
+
+def strictly(shown):
+    """What the client takes as it comes, checked against its own types."""
+    return type(shown).model_validate(shown.to_dict(mode="json"))
 
 
 async def test_files(openai):
@@ -99,24 +106,25 @@ async def test_a_job_from_data_to_served_model(openai, http, engine):
     )
     assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "validating_files", "base", 7)
     assert job.fine_tuned_model is None and job.finished_at is None and job.error is None
-    done = await until(openai, job, "succeeded")
+    done = strictly(await until(openai, job, "succeeded"))
     assert done.fine_tuned_model == f"ft:base:multigraft:my-style:{job.id[-8:]}"
     assert done.metadata == {"team": "a"} and done.validation_file == valid.id
     assert done.hyperparameters.n_epochs == 3 and done.hyperparameters.batch_size == 4
     assert done.method.supervised.hyperparameters.learning_rate_multiplier == 1.0  # "auto" is written into the job
-    assert done.adapter["method"] == "rslora" and done.adapter["alpha"] == 16
+    assert done.method.supervised.hyperparameters.max_length == done.trained_tokens // (3 * 8)  # all are alike
+    assert done.adapter["method"] == "rslora" and done.adapter["alpha"] == 16 and "positions" not in done.adapter
     assert done.finished_at >= done.created_at
 
     # Served under its name at once, and listed; so are its checkpoints.
     assert (await openai.models.retrieve(done.fine_tuned_model)).parent == "base"
     assert (await openai.completions.create(model=done.fine_tuned_model, prompt="a")).model == done.fine_tuned_model
-    checkpoints = [c async for c in openai.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
+    checkpoints = [strictly(c) async for c in openai.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
     assert [c.step_number for c in checkpoints] == [6, 4]
     assert checkpoints[0].fine_tuning_job_id == job.id
-    assert checkpoints[0].metrics.valid_loss > 0
+    assert checkpoints[0].metrics.full_valid_loss == checkpoints[0].metrics.valid_loss > 0
     assert (await openai.models.retrieve(checkpoints[1].fine_tuned_model_checkpoint)).parent == "base"
 
-    events = [e async for e in openai.fine_tuning.jobs.list_events(job.id, limit=3)]
+    events = [strictly(e) async for e in openai.fine_tuning.jobs.list_events(job.id, limit=3)]
     assert events[0].message == "The job has successfully completed" and events[0].type == "message"
     assert events[-1].message == f"Created fine-tuning job: {job.id}"
     losses = [e.data["train_loss"] for e in events if e.type == "metrics" and "train_loss" in e.data][::-1]
@@ -221,6 +229,39 @@ async def test_jobs_share_a_limit_and_are_listed(openai, training):
     assert len({j.fine_tuned_model for j in (await openai.fine_tuning.jobs.list()).data}) == 4
 
 
+async def test_a_job_goes_on_from_what_another_trained(openai, training, tmp_path):
+    """`model` may be a trained adapter or a checkpoint, as OpenAI's may."""
+    file = await upload(openai, chats(4))
+    fields = {"validation_file": file.id, "hyperparameters": {"n_epochs": 4, "learning_rate": 0.01}}
+    adapter = {"method": "loreft", "r": 2, "layers": [1]}
+    first = await until(openai, await create(openai, file, **fields, extra_body={"adapter": adapter}), "succeeded")
+    [checkpoint] = (await openai.fine_tuning.jobs.checkpoints.list(first.id)).data[:1]
+
+    training.plain.delay = 0.02
+    again = await create(openai, file, model=first.fine_tuned_model, suffix="more", **fields)
+    assert again.model == first.fine_tuned_model and again.adapter == first.adapter
+    while (await until(openai, again, "running")).step < 2:
+        await asyncio.sleep(0.01)
+    await openai.fine_tuning.jobs.pause(again.id)
+    await openai.fine_tuning.jobs.resume(again.id)
+    training.plain.delay = 0
+    done = await until(openai, again, "succeeded")
+    assert done.fine_tuned_model == f"ft:base:multigraft:more:{again.id[-8:]}"
+    _, *steps = (await openai.files.content(done.result_files[0])).text.splitlines()
+    # A step here sees all of the data: the first has the loss with which the other job ended.
+    assert len(steps) == 4 and float(steps[0].split(",")[1]) == pytest.approx(checkpoint.metrics.valid_loss, rel=1e-6)
+    assert float(steps[3].split(",")[3]) < checkpoint.metrics.valid_loss
+    assert not list(tmp_path.glob("jobs/*/start"))
+
+    name = checkpoint.fine_tuned_model_checkpoint
+    await until(openai, await create(openai, file, model=name, extra_body={"adapter": {"r": 2}}), "succeeded")
+    with pytest.raises(openai_sdk.BadRequestError, match="r is 4, but the adapter that the job goes on from has 2"):
+        await create(openai, file, model=name, extra_body={"adapter": {"r": 4}})
+    shutil.rmtree(tmp_path / "jobs" / first.id)
+    with pytest.raises(openai_sdk.NotFoundError, match="has been removed from the disk"):
+        await create(openai, file, model=name)
+
+
 async def test_dpo(openai):
     lines = [
         {
@@ -273,6 +314,18 @@ async def test_over_long_samples_are_reported(openai):
     assert warning.message.startswith("1 lines of the training file are left out") and warning.message.endswith(": 5")
 
 
+async def test_prompts_that_do_not_activate_an_activated_lora_are_reported(openai, training):
+    invoked = training.plain.tokenizer.tokenize("q2")
+    file = await upload(openai, chats(4))
+    adapter = {"alora_invocation_tokens": invoked}
+    job = await until(openai, await create(openai, file, extra_body={"adapter": adapter}), "succeeded")
+    [warning] = [e async for e in openai.fine_tuning.jobs.list_events(job.id) if e.level == "warn"]
+    assert warning.message == f"3 of 4 prompts lack the invocation sequence {invoked}: their answers are not learned"
+    adapter = {"alora_invocation_tokens": invoked * 2}
+    job = await until(openai, await create(openai, file, extra_body={"adapter": adapter}), "failed")
+    assert "4 of 4 prompts lack" in job.error.message and "nothing to learn" in job.error.message
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param", "words"),
     [
@@ -287,7 +340,12 @@ async def test_over_long_samples_are_reported(openai):
         ({"metadata": {"k" * 65: "v"}}, 400, "metadata", "64"),
         ({"metadata": {str(i): "v" for i in range(17)}}, 400, "metadata", "16"),
         ({"method": {"type": "reinforcement"}}, 400, "method", "not supported yet"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "method", "not supported yet"),
         ({"method": {"type": "magic"}}, 400, "method", "'magic'"),
+        ({"method": SUPERVISED | {"type": "dpo"}}, 400, "method", "method.supervised is given, but method.type is"),
+        ({"method": {"type": "dpo", "dpo": {"beta": 0.1}}}, 400, "beta", "beta is 0.1, but there is no such field"),
+        ({"r": 16}, 400, "r", "r is 16, but there is no such field here: model, training_file, "),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p", "x": 1}}]}, 400, "x", "no such field here"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "n_epochs", "0"),
         ({"hyperparameters": {"n_epoch": 1}}, 400, "n_epoch", "no such setting"),
         ({"hyperparameters": {"beta": 0.1}}, 400, "beta", "only dpo"),

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,17 +57,27 @@ class PlainEngine:
 
     # TrainingEngine --------------------------------------------------------------------------------------------
 
-    def admit(self, spec: JobSpec) -> JobSpec:
+    def admit(self, spec: JobSpec) -> int:
         if spec.adapter.r > 32:
             raise CapacityExceeded(f"r is {spec.adapter.r}: needs 5 GiB, 4 GiB are there.", param="r")
-        return spec.limit_length(MAX_TOKENS)
+        return MAX_TOKENS
 
     def fits(self, spec: JobSpec) -> bool:
         return len(self.running) < self.room
 
-    def build(self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None) -> TrainingJob:
-        adapter = self._world.adapter(spec)
-        return TrainingJob(id=job_id, spec=spec, adapter=adapter, train=train, validation=valid, max_tokens=MAX_TOKENS)
+    def build(
+        self, job_id: str, spec: JobSpec, train: Dataset, valid: Dataset | None, start: Path | None
+    ) -> TrainingJob:
+        make = partial(self._world.adapter, spec, start)
+        return TrainingJob(
+            id=job_id,
+            spec=spec,
+            adapter=make(),
+            train=train,
+            validation=valid,
+            max_tokens=MAX_TOKENS,
+            reference=make() if spec.own_reference else None,
+        )
 
     def start(self, job: TrainingJob, weight: float, on_event: Callable[[Event], None]) -> Future[None]:
         left: Future[None] = Future()

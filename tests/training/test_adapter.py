@@ -29,7 +29,7 @@ ALL = [{"method": method} for method in METHODS] + [
 
 
 def spec_of(adapter: dict[str, Any], seed: int = 1) -> JobSpec:
-    return JobSpec.parse(kind="supervised", hyperparameters={}, adapter=adapter, seed=seed).resolve(10)
+    return JobSpec.parse(kind="supervised", hyperparameters={}, adapter=adapter, seed=seed).resolve(10, 64)
 
 
 def shaken(world: World, adapter: dict[str, Any]) -> TrainableAdapter:

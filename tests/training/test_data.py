@@ -124,6 +124,18 @@ def test_dpo_pairs_share_their_prompt(tmp_path: Path) -> None:
     assert data.lengths().tolist() == [len(chosen.tokens) + len(rejected.tokens)]
 
 
+def test_dpo_answers_the_last_of_several_turns(tmp_path: Path) -> None:
+    line = {
+        "input": {"messages": [USER, {**ANSWER, "weight": 1}, LATER]},
+        "preferred_output": [SECOND],
+        "non_preferred_output": [{**ANSWER, "content": "No idea."}],
+    }
+    data = load(write_lines(tmp_path / "f.jsonl", [line]), kind="dpo")
+    ((chosen, rejected),) = [data[0]]
+    assert list(chosen.tokens[: chosen.prompt_len]) == TinyTokenizer().apply_chat_template([USER, ANSWER, LATER])
+    assert trained_text(chosen) == ["Yes, a cat.<|im_end|>"] and trained_text(rejected) == ["No idea.<|im_end|>"]
+
+
 def test_content_parts_and_tool_calls_reach_the_template_as_in_serving(tmp_path: Path) -> None:
     template = (
         "{% if tools %}{{ tools[0]['function']['name'] }};{% endif %}{% for m in messages %}{{ m['content'] or '' }}"
@@ -211,6 +223,7 @@ def test_many_problems_are_counted_and_the_first_described(tmp_path: Path) -> No
         (b"", "nothing to train on: it is empty"),
         (b"\n \n", "nothing to train on: it is empty"),
         ('{"text": "a b"}'.encode("utf-16"), "The file is UTF-16; it must be JSON lines in UTF-8"),
+        ('{"text": "a b"}'.encode("utf-16-be"), "The file is UTF-16"),
         (b"\x1f\x8b\x08rest", "The file is gzip"),
         (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "Line 2: not UTF-8: byte 0xe9 at 13"),
         (b'{"text": "fine"}\n{"text": ' + b"[" * 100_000, "Line 2: not JSON"),

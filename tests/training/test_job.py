@@ -128,10 +128,10 @@ def test_dropout_differs_between_microbatches_and_repeats_with_them() -> None:
 def test_another_job_s_state_is_refused(tmp_path: Path) -> None:
     world = World()
     job = make_job(world, "supervised", "lora")
-    other_data = world.job(random_dataset(7, seed=3), n_epochs=2)
+    other_data = world.job(random_dataset(7, seed=3), n_epochs=2, max_length=30)
     with pytest.raises(JobFailed, match="other spec"):
         make_job(world, "supervised", "rslora").restore(job.state())
-    same_spec = world.job(random_dataset(7), n_epochs=2)
+    same_spec = world.job(random_dataset(7), n_epochs=2, max_length=30)
     with pytest.raises(JobFailed, match="other data"):
         same_spec.restore(other_data.state())
     job.state().save(tmp_path / "state")

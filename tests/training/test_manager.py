@@ -8,6 +8,7 @@ import types
 from contextlib import asynccontextmanager
 
 import pytest
+from safetensors import SafetensorError
 
 from multigraft.core.config import TrainingConfig
 from multigraft.core.errors import InvalidRequest, StorageFull
@@ -100,14 +101,21 @@ async def test_a_data_file_removed_meanwhile(engine, tmp_path, by_hand):
         await until(manager, first, JobStatus.SUCCEEDED)
 
 
-async def test_a_full_disk_at_a_checkpoint(engine, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+async def test_a_full_disk_at_a_checkpoint(engine, tmp_path, monkeypatch, error):
     async with opened(engine, tmp_path) as manager:
         file = await add_file(manager)
         move, full = store.move, []
 
         def full_for_one(source, target):
             if full and full[0].id in str(target):
-                raise OSError(errno.ENOSPC, "No space left on device")
+                raise error
             move(source, target)
 
         monkeypatch.setattr(store, "move", full_for_one)

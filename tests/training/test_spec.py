@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -81,24 +80,26 @@ def test_contradictions_are_refused() -> None:
 @pytest.mark.parametrize("num_examples", [1, 7, 33, 34, 1000, 9000, 1_000_000])
 @pytest.mark.parametrize("method", ["lora", "rslora", "loreft"])
 def test_auto_becomes_numbers_and_the_spec_survives_json(kind: str, num_examples: int, method: str) -> None:
-    spec = parse(kind=kind, adapter={"method": method}).limit_length(4096).resolve(num_examples)
+    spec = parse(kind=kind, adapter={"method": method}).resolve(num_examples, 4096)
     h = spec.hyperparameters
-    optional = {"beta"} if kind == "supervised" else set()
-    assert not [n for n, v in dataclasses.asdict(h).items() if v == "auto" and n not in optional]
+    shown = spec.to_dict()
+    assert "auto" not in [*shown["hyperparameters"].values(), *shown["adapter"].values()]
+    assert ("beta" in shown["hyperparameters"]) == (kind == "dpo")
+    assert ("alpha" in shown["adapter"], "positions" in shown["adapter"]) == (method != "loreft", method == "loreft")
     assert 1 <= h.batch_size <= min(64, num_examples) and 1 <= h.n_epochs <= 25
     assert min(100, num_examples * 25) - num_examples < h.n_epochs * num_examples <= max(25_000, num_examples)
     assert spec == JobSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
-    assert spec == spec.resolve(num_examples)
-    assert (spec.adapter.alpha == "auto") == (method == "loreft")
+    assert spec == spec.resolve(num_examples, 9)
 
 
 def test_what_is_given_is_kept() -> None:
     given = {"n_epochs": 4, "batch_size": 3, "learning_rate": 0.1, "learning_rate_multiplier": 2.0, "warmup_steps": 5,
              "checkpoint_steps": 6, "eval_interval": 7, "max_length": 8}  # fmt: skip
-    resolved = parse(**given).limit_length(100).resolve(50).hyperparameters
+    resolved = parse(**given).resolve(50, 100).hyperparameters
     assert {name: getattr(resolved, name) for name in given} == given
+    assert (parse(**given).max_length(100), parse().max_length(100)) == (8, 100)
     with pytest.raises(InvalidRequest, match="max_length is 8, but at most 7 tokens of a sample fit"):
-        parse(**given).limit_length(7)
+        parse(**given).max_length(7)
 
 
 def test_without_a_seed_each_job_draws_its_own() -> None:
@@ -108,7 +109,7 @@ def test_without_a_seed_each_job_draws_its_own() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_the_schedule_is_transformers_own(schedule: str, warmup: int) -> None:
-    h = parse(schedule=schedule, warmup_steps=warmup, learning_rate=0.5, learning_rate_multiplier=2).resolve(10)
+    h = parse(schedule=schedule, warmup_steps=warmup, learning_rate=0.5, learning_rate_multiplier=2).resolve(10, 99)
     ours = Optimizer(torch.zeros(1), h.hyperparameters, 12)
     adamw = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
     name = "constant_with_warmup" if schedule == "constant" else schedule

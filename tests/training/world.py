@@ -88,19 +88,24 @@ class World:
         max_tokens: int = 64,
         adapter: dict[str, Any] | None = None,
         seed: int = 7,
+        start: Path | None = None,
         **hyperparameters: Any,
     ) -> TrainingJob:
-        spec = JobSpec.parse(kind=kind, hyperparameters=hyperparameters, adapter=adapter or {}, seed=seed)
-        spec = spec.limit_length(512).resolve(len(train))
+        """start: folder of the adapter that it goes on from."""
+        name = None if start is None else "ft:tiny"
+        spec = JobSpec.parse(kind=kind, hyperparameters=hyperparameters, adapter=adapter or {}, seed=seed, start=name)
+        spec = spec.resolve(len(train), train.longest)
         return TrainingJob(
             id="job",
             spec=spec,
-            adapter=self.adapter(spec),
+            adapter=self.adapter(spec, start),
             train=train,
             validation=validation,
             max_tokens=max_tokens,
+            reference=self.adapter(spec, start) if spec.own_reference else None,
         )
 
-    def adapter(self, spec: JobSpec) -> TrainableAdapter:
+    def adapter(self, spec: JobSpec, start: Path | None = None) -> TrainableAdapter:
         design = AdapterDesign.new(spec.adapter, self.sites, base_model="tiny", max_rank=MAX_RANK)
-        return TrainableAdapter.new(spec.adapter, design, seed=spec.seed, dtype=torch.float32, device="cpu")
+        place = {"dtype": torch.float32, "device": "cpu"}
+        return TrainableAdapter.new(spec.adapter, design, seed=spec.seed, start=start, **place)
