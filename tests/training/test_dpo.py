@@ -57,21 +57,23 @@ def trl_loop(job: TrainingJob, data, folder: Path) -> tuple[list[float], list[fl
     return losses, accuracies, peft.get_peft_model_state_dict(model)
 
 
-@pytest.mark.parametrize("max_tokens", [60, 1000])
-def test_steps_equal_trl(max_tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("max_tokens", "method"), [(60, "lora"), (1000, "lora"), (60, "bdlora")])
+def test_steps_equal_trl(max_tokens: int, method: str, tmp_path: Path) -> None:
     world, data = World(), random_dataset(10, per_example=2)
-    job = world.job(
-        data, kind="dpo", max_tokens=max_tokens, n_epochs=2, batch_size=4, learning_rate=1e-2, beta=0.3,
-        schedule="constant",
+    job, fresh = (
+        world.job(
+            data, kind="dpo", max_tokens=most, n_epochs=2, batch_size=4, learning_rate=1e-2, beta=0.3,
+            schedule="constant", adapter={"method": method},
+        )
+        for most in (max_tokens, 64)
     )  # fmt: skip
     events = drive(job, ReferenceExecutor(world.model, world.sites))
-    fresh = world.job(data, kind="dpo", n_epochs=2, batch_size=4, learning_rate=1e-2, beta=0.3, schedule="constant")
     losses, accuracies, tensors = trl_loop(fresh, data, tmp_path)
     assert train_losses(events) == pytest.approx(losses, rel=2e-5)
     metrics = [e.data for e in events if e.kind is EventKind.METRICS]
     assert [m["train_reward_accuracy"] for m in metrics] == pytest.approx(accuracies)
     assert losses[-1] < losses[0] * 0.8
-    for key, tensor in job.adapter.tensors.items():
+    for key, tensor in job.adapter.export().items():
         torch.testing.assert_close(tensor, tensors[key], rtol=1e-2, atol=2e-5)
 
 
