@@ -11,7 +11,8 @@ it could not be served over so many ranks, and blocks cut through heads: this is
 are the multiples of N nearest to as many parameters.
 
 The jobs of a group run at once in one engine and share its passes. Each run is saved in --work as its group ends; a
-call ends before --seconds are over and the next one goes on. The last one draws, and ends in one JSON line.
+call does one group, and more until --seconds would be over, and the next call goes on. The last one draws, and ends in
+one JSON line.
 
     python -m benchmarks.bd_quality MODEL_FOLDER --train gsm8k_train.jsonl --test gsm8k_test.jsonl --work DIR --save
 """
@@ -138,7 +139,7 @@ class Study:
             group: list[Run] | None = first
             while group is not None:
                 start = time.perf_counter()
-                if start - began + a_run * len(group) > args.seconds:
+                if a_run and start - began + a_run * len(group) > args.seconds:
                     return False
                 await self._train(training, group)
                 a_run = (time.perf_counter() - start) / len(group)
@@ -261,7 +262,7 @@ def plot(rows: Sequence[dict[str, Any]], table: list[dict[str, Any]], file: Path
     print(f"drew {file}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--train", type=Path, required=True)
@@ -280,7 +281,7 @@ def main() -> None:
     parser.add_argument("--train-memory-gib", type=float, default=5)
     parser.add_argument("--plot", type=Path, default=Path(os.environ.get("OUT", RESULTS)) / "bd_quality.png")
     parser.add_argument("--save", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     study = Study(args)
     if not asyncio.run(study.go_on()):
         print(f"{len(study.done)} runs are done, more are left")
