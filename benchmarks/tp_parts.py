@@ -192,7 +192,7 @@ class Parts:
 
     def _read_others(self) -> None:
         slope, launch = np.polyfit((160, 256, 384), (69, 103, 149), 1)  # us by context, of 256 rows
-        self.attention = Cost(launch, slope / (256 * 4 * WHOLE_8B.kv_width), 0).scaled("H100", self.gpu)
+        self.attention = Cost(float(launch), float(slope) / (256 * 4 * WHOLE_8B.kv_width), 0).scaled("H100", self.gpu)
         self._note("attention", "69, 103, 149 us a layer of 256 rows: docs/log.md, GPU second round (H100)")
         fixed = 1e3 / 32 - 1e6 * WHOLE_8B.small_bytes(256) / BASE_BYTES_PER_S
         self.others = Cost(fixed, 1e6 / BASE_BYTES_PER_S, 0).scaled("H100", self.gpu)
