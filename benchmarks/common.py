@@ -45,6 +45,12 @@ LLAMA_8B = {
     "eos_token_id": 128001,
     "attention_bias": False,
 }
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 
 
 def linear_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int, int]]:
@@ -66,15 +72,16 @@ def linear_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int,
 def write_adapter(
     folder: Path, config: transformers.PretrainedConfig, rank: int, seed: int, *, nblocks: int = 1
 ) -> Path:
-    """A PEFT folder with random factors for every linear of a Llama-shaped model; nblocks > 1: block-diagonal."""
+    """A PEFT folder with random factors for every linear of a Llama-shaped model, the same in each layer (billions of
+    random numbers take long); nblocks > 1: block-diagonal."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(config.num_hidden_layers):
-        for path, (n_in, n_out) in linear_shapes(config).items():
-            key = f"base_model.model.model.layers.{layer}.{path}"
-            blocks_a, blocks_b = (nblocks, 1) if path.endswith(BD_A) else (1, nblocks)
-            for factor, shape in (("lora_A", (rank, n_in // blocks_a)), ("lora_B", (n_out, rank // blocks_b))):
-                tensors[f"{key}.{factor}.weight"] = (torch.randn(shape, generator=generator) * 0.01).bfloat16()
+    for path, (n_in, n_out) in linear_shapes(config).items():
+        blocks_a, blocks_b = (nblocks, 1) if path.endswith(BD_A) else (1, nblocks)
+        for factor, shape in (("lora_A", (rank, n_in // blocks_a)), ("lora_B", (n_out, rank // blocks_b))):
+            tensor = (torch.randn(shape, generator=generator) * 0.01).bfloat16()
+            for layer in range(config.num_hidden_layers):
+                tensors[f"base_model.model.model.layers.{layer}.{path}.{factor}.weight"] = tensor.clone()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = [path.split(".")[-1] for path in linear_shapes(config)]

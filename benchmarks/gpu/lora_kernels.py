@@ -5,6 +5,9 @@ y counted once, y read and written), our time, their ratio, and torch's grouped_
 ranks only). Times are medians of CUDA graph replays, divided by the calls in the graph, whose inputs rotate through
 more memory than the L2 holds.
 
+"tp" are the sites as one rank of a tensor-parallel group has them, "gemm" the base model's own products there, without
+adapters: what benchmarks.tp_model projects from.
+
     python -m benchmarks.gpu.lora_kernels [--only decode prefill train] [--tune] [--save]
 """
 
@@ -80,6 +83,19 @@ class Shape:
     def segments(self) -> torch.Tensor:
         bounds = torch.linspace(0, self.num_rows, len(self.ranks) + 1).long()
         return torch.stack([bounds[:-1], bounds[1:]], dim=1)
+
+
+@dataclass(frozen=True)
+class Part(Shape):
+    """A rank's part of a site, of a tensor-parallel group."""
+
+    num_ranks: int = 1
+
+    @property
+    def widths(self) -> tuple[int, tuple[int, ...]]:
+        n_in, outs = SITES[self.site]
+        n = self.num_ranks
+        return (n_in // n, outs) if self.site in ("o", "down") else (n_in, tuple(out // n for out in outs))
 
 
 @dataclass(frozen=True)
@@ -217,14 +233,43 @@ def prefill_shapes() -> Iterator[Shape]:
         yield Shape(site, rows, tuple(MIXED[i % len(MIXED)] for i in range(16)), choose_block_m(rows, 16))
 
 
-def inference_row(kind: str, shape: Shape) -> dict[str, Any]:
+def part_rows() -> Iterator[dict[str, Any]]:
+    """Decode steps of few adapters, as in benchmarks.tp: ranks of LoRA whole, and of a BD-LoRA's share."""
+    for num_ranks in (2, 8):
+        for site in SITES:
+            for rows, num in ((2, 1), (16, 4), (64, 4), (256, 4)):
+                for rank in (8, 16, 64, 128):
+                    part = Part(site, rows, (rank,) * num, 4, num_ranks)
+                    yield inference_row("tp", part, grouped=False) | {"num_ranks": num_ranks, "rows": rows}
+
+
+def gemm_rows() -> Iterator[dict[str, Any]]:
+    for num_ranks in (1, 2, 8):
+        for site in SITES:
+            for rows in (2, 16, 64, 256, PREFILL_ROWS):
+                part = Part(site, rows, (1,), 4, num_ranks)
+                n_in, outs = part.widths
+                on_gpu = {"device": "cuda", "dtype": torch.bfloat16}
+                num_bytes = 2 * (n_in * sum(outs) + rows * (n_in + sum(outs)))
+                copies = min(32, 1 + int(ROTATED_BYTES / num_bytes))
+                x = torch.randn(rows, n_in, **on_gpu)
+                weights = [torch.randn(sum(outs), n_in, **on_gpu) for _ in range(copies)]
+                us = graph_us([lambda x=x, w=w: F.linear(x, w) for w in weights])
+                flops = 2 * rows * n_in * sum(outs)
+                floor = 1e6 * max(num_bytes / BYTES_PER_S, flops / FLOP_PER_S)
+                sizes = {"mb": num_bytes / 1e6, "gflop": flops / 1e9, "floor_us": floor}
+                row = {"kind": "gemm", "site": site, "num_ranks": num_ranks, "rows": rows}
+                yield row | sizes | {"us": us, "ratio": us / floor}
+
+
+def inference_row(kind: str, shape: Shape, *, grouped: bool = True) -> dict[str, Any]:
     inputs = [Inputs.random(shape) for _ in range(shape.copies)]
     error = inputs[0].check()
     us = graph_us([lambda i=i: segmented_lora_(i.y, i.x, i.arena, *i.tables) for i in inputs])
     del inputs
     equal = len(set(shape.ranks)) == 1
-    grouped = grouped_mm_us(shape) if equal and shape.block_m > 1 else None
-    return {**describe(kind, shape), "us": us, "ratio": us / shape.floor_us, "grouped_us": grouped, "error": error}
+    other = {"grouped_us": grouped_mm_us(shape) if equal and shape.block_m > 1 else None} if grouped else {}
+    return {**describe(kind, shape), "us": us, "ratio": us / shape.floor_us, **other, "error": error}
 
 
 def describe(kind: str, shape: Shape) -> dict[str, Any]:
@@ -338,8 +383,8 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["decode", "prefill", "gated", "train"]
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    kinds = ["decode", "prefill", "gated", "train", "tp", "gemm"]
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds[:4])
     kernels = sorted({kernel for kernel, _ in CANDIDATES})
     parser.add_argument("--tune", nargs="+", choices=kernels, default=[], help="also time these with other block sizes")
     parser.add_argument("--save", action="store_true")
@@ -355,6 +400,10 @@ def main() -> None:
     if "train" in args.only:
         rows += training_rows()
     show(rows, "Segmented LoRA")
+    if "tp" in args.only:
+        rows += part_rows()
+    if "gemm" in args.only:
+        rows += gemm_rows()
     if args.tune:
         tuned = list(tuning_rows(args.tune))
         show(tuned, "Block sizes: sum over a layer's sites; the first of each kernel is in use")

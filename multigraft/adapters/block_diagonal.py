@@ -86,13 +86,20 @@ def dense_shape(key: str, shape: tuple[int, ...], blocks: int, rows: int, column
     """
     if blocks == 1:
         return shape
-    check_divisible(key, blocks, rows, columns)
-    if shape != (rows, columns // blocks):
+    stored = stored_shape(key, blocks, rows, columns)
+    if shape != stored:
         raise AdapterError(
             f"`{key}` has shape {list(shape)}; use_bdlora makes it block-diagonal, {blocks} blocks of a {rows} x "
-            f"{columns} matrix one below the other, so it must be {[rows, columns // blocks]}."
+            f"{columns} matrix one below the other, so it must be {list(stored)}."
         )
     return (rows, columns)
+
+
+def stored_shape(key: str, blocks: int, rows: int, columns: int) -> tuple[int, int]:
+    """Shape in which a dense factor of rows x columns is stored; AdapterError when it cannot have so many blocks."""
+    if blocks > 1:
+        check_divisible(key, blocks, rows, columns)
+    return (rows, columns // blocks)
 
 
 def check_divisible(key: str, blocks: int, rows: int, columns: int) -> None:
@@ -108,6 +115,11 @@ def check_divisible(key: str, blocks: int, rows: int, columns: int) -> None:
 def to_dense(stored: torch.Tensor, blocks: int) -> torch.Tensor:
     """The dense factor of blocks that lie one below the other."""
     return stored if blocks == 1 else torch.block_diag(*stored.chunk(blocks))
+
+
+def diagonal(dense: torch.Tensor, blocks: int) -> torch.Tensor:
+    """A view of the blocks of a dense factor, (blocks, rows / blocks, columns / blocks)."""
+    return dense.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor, blocks: Blocks, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

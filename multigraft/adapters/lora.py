@@ -17,7 +17,7 @@ from typing import Any
 from multigraft.core.errors import AdapterError
 from multigraft.core.region import EVERYWHERE, FromInvocation, Region
 
-from .block_diagonal import DENSE, BlockDiagonal, Blocks, dense_shape
+from .block_diagonal import DENSE, BlockDiagonal, Blocks, dense_shape, stored_shape
 from .fields import Fields, is_count, is_number
 from .plan import BaseCopy, MemberFactors, Plan, lay_out
 from .site import Site, SiteKind
@@ -114,8 +114,9 @@ class Lora:
             for path, out_features in zip(site.members, site.out_features, strict=True):
                 if site.kind in SUFFIXES and self.targets.select(path, site.kind):
                     a, b = (PREFIX + path + suffix for suffix in SUFFIXES[site.kind])
-                    shapes[a] = (self.rank_of(path), site.in_features)
-                    shapes[b] = (out_features, self.rank_of(path))
+                    rank, blocks = self.rank_of(path), self.blocks_of(path, site.kind)
+                    shapes[a] = stored_shape(a, blocks.a, rank, site.in_features)
+                    shapes[b] = stored_shape(b, blocks.b, out_features, rank)
         return shapes
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]], sites: Sequence[Site], *, max_rank: int) -> Plan:

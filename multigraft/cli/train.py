@@ -80,7 +80,7 @@ class JobFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFlags:
-    adapter_method: Literal["lora", "rslora", "loreft", "direft", "noreft", "nodireft"] | None = None
+    adapter_method: Literal["lora", "rslora", "bdlora", "loreft", "direft", "noreft", "nodireft"] | None = None
     """Kind of the adapter; the default is lora."""
     r: int | None = None
     """Rank."""
@@ -88,6 +88,8 @@ class AdapterFlags:
     """LoRA's scale is alpha / r."""
     dropout: float | None = None
     """Share of LoRA's inputs that is zeroed."""
+    nblocks: int | None = None
+    """Blocks of bdlora's factors: the tensor-parallel size to serve it with; the default is 2."""
     target_modules: tuple[str, ...] = ()
     """Linears that are adapted; the default is all of them."""
     layers: tuple[int, ...] = ()
@@ -164,6 +166,7 @@ async def _request(trainer: trainers.Trainer, flags: JobFlags, adapter: AdapterF
         "r": adapter.r,
         "alpha": adapter.alpha,
         "dropout": adapter.dropout,
+        "nblocks": adapter.nblocks,
         "target_modules": _modules(adapter.target_modules),
         "layers": list(adapter.layers) or None,
         "scope": adapter.scope,

@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from multigraft.adapters.block_diagonal import diagonal
 from multigraft.adapters.fields import Fields
 from multigraft.adapters.peft_files import CONFIG, WEIGHTS
 from multigraft.adapters.peft_files import METHODS as SERVED
 from multigraft.adapters.plan import Piece, Plan
 from multigraft.adapters.site import Site, SiteBlock
-from multigraft.core.errors import InvalidRequest, JobFailed
+from multigraft.core.errors import AdapterError, InvalidRequest, JobFailed
 from multigraft.core.region import Ranges, Region, Scope, as_scope
 
 from .methods import METHODS
@@ -46,8 +47,11 @@ class AdapterDesign:
 
     @classmethod
     def new(cls, spec: AdapterSpec, sites: Sequence[Site], *, base_model: str | None, max_rank: int) -> AdapterDesign:
-        """spec: resolved. InvalidRequest or AdapterError names what the base model cannot take."""
-        return cls.parse(spec.config(sites, base_model), sites, max_rank=max_rank)
+        """spec: resolved. InvalidRequest names what the base model cannot take."""
+        try:
+            return cls.parse(spec.config(sites, base_model), sites, max_rank=max_rank)
+        except AdapterError as e:
+            raise InvalidRequest(e.message, param="adapter") from e
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], sites: Sequence[Site], *, max_rank: int) -> AdapterDesign:
@@ -74,28 +78,33 @@ class AdapterDesign:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Device memory of its training: block, float32 tensors, their gradient, AdamW's two moments."""
-        return self.plan.numel * (dtype.itemsize + 4 * 4)
+        """Device memory of its training: block, float32 tensors, their gradient, AdamW's two moments; of block-diagonal
+        factors also what is beside the blocks, and a mask."""
+        masked = any(piece.blocks > 1 for piece in self.plan.pieces)
+        return self.plan.numel * (dtype.itemsize + 4 * 4 + masked)
 
     def views(self, flat: torch.Tensor) -> Tensors:
-        """The tensors, in PEFT's shapes, as they lie in a (numel,) tensor."""
+        """The tensors, as they lie in a (numel,) tensor: in PEFT's shapes, but with the blocks of a block-diagonal one
+        as a first dimension of their own."""
         return {piece.key: self._view(flat, piece) for piece in self.plan.pieces}
 
     def named(self, flat: torch.Tensor) -> Tensors:
-        """Contiguous copies of the views, as safetensors wants them."""
-        return {key: view.clone(memory_format=torch.contiguous_format) for key, view in self.views(flat).items()}
+        """Contiguous copies of the views, in PEFT's shapes, as safetensors wants them."""
+        views = self.views(flat).items()
+        return {key: view.clone(memory_format=torch.contiguous_format).view(self.shapes[key]) for key, view in views}
 
     def _view(self, flat: torch.Tensor, piece: Piece) -> torch.Tensor:
-        shape = torch.Size(self.shapes[piece.key])
-        part = flat[piece.offset : piece.offset + shape.numel()]
-        return part.view(shape[::-1]).T if piece.transpose else part.view(shape)
+        part = flat[piece.offset : piece.offset + torch.Size(piece.shape).numel()].view(piece.shape)
+        dense = part.T if piece.transpose else part
+        return dense if piece.blocks == 1 else diagonal(dense, piece.blocks)
 
 
 class TrainableAdapter:
     """A job's adapter. The forward pass reads `block`; its backward pass adds to `block_grad`.
 
     parameters: (numel,) float32, what the optimizer changes, laid out as the block. The block is made from it by
-    `sync`: cast to the block's type, with two exceptions, both of ReFT.
+    `sync`: cast to the block's type, with two exceptions, both of ReFT. What lies beside the blocks of a block-diagonal
+    factor is and stays zero: `collect` masks its gradient.
     - Where the method's factor is a difference (LoReFT's W - R), the parameters hold W.
     - Where the rows of a matrix R must be orthonormal, the parameters hold a matrix P of full rank, and R = L⁻¹ P
       with P Pᵀ = L Lᵀ (Cholesky): the orthonormal rows that Gram-Schmidt makes of P's. Every orthonormal R is reached,
@@ -117,6 +126,12 @@ class TrainableAdapter:
 
         pieces = design.plan.pieces
         own, block, grad = (design.views(flat) for flat in (self.parameters, self.block, self.block_grad))
+        self._mask: torch.Tensor | None = None
+        """(numel,) bool: what is trained. None: everything is."""
+        if any(piece.blocks > 1 for piece in pieces):
+            self._mask = torch.zeros(numel, dtype=torch.bool, device=device)
+            for view in design.views(self._mask).values():
+                view.fill_(True)
         self._orthonormal = design.plan.orthonormal
         self._free = [own[key] for key in self._orthonormal]
         self._free_grads = [grad[key] for key in self._orthonormal]
@@ -174,7 +189,7 @@ class TrainableAdapter:
 
     @property
     def tensors(self) -> Tensors:
-        """What PEFT's file holds, float32 on the device; views that the next `sync` changes."""
+        """What PEFT's file holds, float32 on the device; `AdapterDesign.views` that the next `sync` changes."""
         return self.design.views(self.parameters) | self._rows
 
     def adapted(self, sample: Sample) -> Ranges:
@@ -184,7 +199,7 @@ class TrainableAdapter:
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set all tensors, by PEFT's names."""
         for key, view in self.design.views(self.parameters).items():
-            view.copy_(tensors[key])
+            view.copy_(tensors[key].view(view.shape))
         self.sync()
 
     @torch.no_grad()
@@ -202,6 +217,8 @@ class TrainableAdapter:
 
     def collect(self) -> torch.Tensor:
         """Turn block_grad in place into the gradient of `parameters`, and return it. No host sync."""
+        if self._mask is not None:
+            self.block_grad.mul_(self._mask)
         if self._difference_grads:
             of_difference, of_subtrahend = zip(*self._difference_grads, strict=True)
             torch._foreach_sub_(of_subtrahend, of_difference)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from multigraft.adapters.block_diagonal import BD_A, BD_B
 from multigraft.adapters.lora import PREFIX as LORA_PREFIX
 from multigraft.adapters.reft import SUBTRACTS
 from multigraft.adapters.site import Site, SiteKind
@@ -63,6 +64,12 @@ def _lora_config(spec: AdapterSpec, sites: Sequence[Site]) -> dict[str, Any]:
     }
 
 
+def _bdlora_config(spec: AdapterSpec, sites: Sequence[Site]) -> dict[str, Any]:
+    """Modules of neither list (the output head, say) stay dense."""
+    lists = {"target_modules_bd_a": list(BD_A), "target_modules_bd_b": list(BD_B)}
+    return _lora_config(spec, sites) | {"use_bdlora": lists | {"nblocks": spec.nblocks, "match_strict": False}}
+
+
 def _check_names(targets: Sequence[str], sites: Sequence[Site]) -> None:
     paths = [path for site in sites if site.kind is not SiteKind.RESIDUAL for path in site.members]
     for name in targets:
@@ -91,6 +98,14 @@ def _initialise_lora(tensors: Tensors, generator: torch.Generator) -> None:
         else:
             assert key.startswith(LORA_PREFIX) and key.endswith((".lora_B.weight", ".lora_embedding_A")), key
             tensor.zero_()
+
+
+def _initialise_bdlora(tensors: Tensors, generator: torch.Generator) -> None:
+    """As peft 0.21 (BlockDiagonalLinear): block-diagonal A's are drawn more widely, by the size of their blocks."""
+    _initialise_lora(tensors, generator)
+    for key, tensor in tensors.items():
+        if key.endswith(".lora_A.weight") and any(name in key for name in BD_A):
+            torch.nn.init.kaiming_uniform_(tensor, generator=generator)
 
 
 def _reft_config(spec: AdapterSpec, sites: Sequence[Site]) -> dict[str, Any]:
@@ -123,9 +138,12 @@ def _initialise_reft(tensors: Tensors, generator: torch.Generator, *, subtracts:
             tensors[stem + "weight"].zero_()
 
 
+LORA_FIELDS = frozenset({"alpha", "dropout", "target_modules"})
+
+
 def _lora(learning_rate: float) -> TrainedMethod:
     return TrainedMethod(
-        fields=frozenset({"alpha", "dropout", "target_modules", "alora_invocation_tokens"}),
+        fields=LORA_FIELDS | {"alora_invocation_tokens"},
         config=_lora_config,
         initialise=_initialise_lora,
         learning_rate=learning_rate,
@@ -144,6 +162,12 @@ def _reft(method: str) -> TrainedMethod:
 METHODS: dict[str, TrainedMethod] = {
     "lora": _lora(2e-4),
     "rslora": _lora(1e-4),
+    "bdlora": TrainedMethod(
+        fields=LORA_FIELDS | {"nblocks"},
+        config=_bdlora_config,
+        initialise=_initialise_bdlora,
+        learning_rate=2e-4,
+    ),
     "loreft": _reft("loreft"),
     "direft": _reft("direft"),
     "noreft": _reft("noreft"),

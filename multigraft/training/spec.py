@@ -120,6 +120,8 @@ class AdapterSpec:
     """Decoder layers; null is all of them."""
     alora_invocation_tokens: Annotated[tuple[int, ...] | None, _or(None, TOKENS)] = None
     """Activated LoRA: acts from the last such sequence in the prompt on."""
+    nblocks: Annotated[int, _integer(1, 1024)] = 2
+    """Of BD-LoRA's block-diagonal factors: the tensor-parallel size that it is to be served with."""
     positions: Annotated[str, POSITIONS] = "all"
     scope: Annotated[Scope, SCOPE] = Scope.ALL
     """prefill: the adapter acts on prompt tokens alone."""

@@ -51,7 +51,7 @@ class JobState:
         for name, flat in flats.items():
             for key, view in design.views(flat).items():
                 tensor = tensors.pop(f"{name}/{key}", None)
-                if tensor is None or tensor.shape != view.shape:
+                if tensor is None or tensor.shape != design.shapes[key]:
                     raise JobFailed(f"The checkpoint {path.name} is of another adapter: `{key}` does not fit.")
-                view.copy_(tensor)
+                view.copy_(tensor.view(view.shape))
         return cls(design=design, flats=flats, others=tensors, facts=json.loads(metadata["facts"]))

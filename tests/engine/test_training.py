@@ -118,7 +118,7 @@ def batches(job: TrainingJob) -> list[list]:
     return [[s for example in order.examples(step) for s in data[example]] for step in range(job.num_steps)]
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "bdlora"])
 def test_losses_equal_a_plain_peft_loop(world: World, tmp_path: Path, method: str) -> None:
     job = world.job("one", 11, spec(method, r=4, target_modules="all-linear"))
     expected = peft_losses(world, job, tmp_path / "start")

@@ -90,7 +90,7 @@ def assert_gradients(adapter: FolderAdapter, expected: dict[str, torch.Tensor]) 
         torch.testing.assert_close(actual[name], want, rtol=2e-4, atol=2e-5 * want.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("name", ["all8", "pattern", "ends"])
+@pytest.mark.parametrize("name", ["all8", "pattern", "ends", "blocks"])
 def test_loss_and_gradients_equal_pefts(world: World, name: str) -> None:
     adapter, batch = world.lora(name), samples(VOCAB, LENGTHS, seed=3)
     result = world.run(microbatch(adapter, batch)).results[0]

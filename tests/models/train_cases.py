@@ -40,9 +40,11 @@ class FolderAdapter:
         shapes = {name: t.shape for name, t in load_file(self.spec.folder / peft_files.WEIGHTS).items()}
         found: dict[str, torch.Tensor] = {}
         for piece in self.spec.plan.pieces:
-            shape = shapes[piece.key]
-            part = self.block_grad.cpu()[piece.offset : piece.offset + shape.numel()]
-            grad = part.view(*reversed(shape)).T if piece.transpose else part.view(shape)
+            part = self.block_grad.cpu()[piece.offset :][: torch.Size(piece.shape).numel()].view(piece.shape)
+            grad = part.T if piece.transpose else part
+            if piece.blocks > 1:  # what is beside the blocks is not trained
+                grad = torch.cat([rows.chunk(piece.blocks, 1)[i] for i, rows in enumerate(grad.chunk(piece.blocks))])
+            assert grad.shape == shapes[piece.key]
             found[piece.key] = found.get(piece.key, 0) + grad
             if piece.minus is not None:
                 found[piece.minus] = found.get(piece.minus, 0) - grad

@@ -9,10 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.variants import BdLoraLinearVariant
 from safetensors.torch import load_file
 
 from multigraft.adapters import peft_files
-from multigraft.core.errors import AdapterError, InvalidRequest
+from multigraft.adapters.bank import factors_at
+from multigraft.core.errors import InvalidRequest
 from multigraft.core.region import Scope
 from multigraft.training.adapter import AdapterDesign, TrainableAdapter, orthonormal_rows
 from multigraft.training.methods import METHODS
@@ -24,6 +26,7 @@ from tests.training.world import MAX_RANK, World
 ALL = [{"method": method} for method in METHODS] + [
     {"method": "lora", "scope": "prefill", "target_modules": r".*\.(q_proj|down_proj)", "r": 5},
     {"method": "loreft", "positions": "f2+l3", "layers": [1]},
+    {"method": "bdlora", "nblocks": 4, "target_modules": ["o_proj", "gate_proj", "lm_head"]},
     {"method": "lora", "alora_invocation_tokens": [7, 8], "target_modules": ["embed_tokens", "v_proj"]},
 ]
 
@@ -94,15 +97,43 @@ def test_a_new_adapter_changes_nothing_and_comes_from_its_seed(adapter: dict) ->
             row += rank
 
 
-def test_lora_starts_as_peft_starts() -> None:
-    """The same distribution: bounds of kaiming_uniform(a=sqrt 5), and zero."""
-    tensors = World().adapter(spec_of({"method": "lora", "r": 16})).tensors
-    for key, tensor in tensors.items():
-        if key.endswith("lora_A.weight"):
-            bound = tensor.shape[1] ** -0.5
-            assert 0.95 * bound < tensor.abs().max() <= bound and abs(tensor.mean()) < 0.1 * bound
-        else:
-            assert not tensor.any()
+@pytest.mark.parametrize("method", ["lora", "bdlora"])
+def test_lora_starts_as_peft_starts(method: str, tmp_path: Path) -> None:
+    """The same distribution as in peft's own new adapter of the same config: uniform within equal bounds, and zero."""
+    adapter = World().adapter(spec_of({"method": method, "r": 16}))
+    adapter.save(tmp_path)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model_state_dict(peft.get_peft_model(tiny_model("llama")[0], config))
+    assert theirs.keys() == adapter.export().keys()
+    for key, tensor in adapter.export().items():
+        bound = theirs[key].abs().max().item()
+        assert tensor.shape == theirs[key].shape and tensor.abs().max().item() == pytest.approx(bound, rel=0.03), key
+        assert tensor.std().item() == pytest.approx(theirs[key].std().item(), rel=0.1), key
+        assert abs(tensor.mean().item()) <= 0.1 * bound
+
+
+def test_a_block_diagonal_adapter_is_what_peft_computes(tmp_path: Path) -> None:
+    """And what lies beside the blocks has no gradient, whatever the pass put there."""
+    world = World()
+    trained = world.adapter(spec_of({"method": "bdlora", "nblocks": 4}))
+    trained.block_grad.normal_(generator=torch.Generator().manual_seed(0))
+    trained.parameters -= trained.collect()
+    trained.sync()
+    assert (trained.block != 0).sum() == trained.design.num_parameters < 0.8 * trained.design.plan.numel
+    trained.save(tmp_path)
+    model = peft.PeftModel.from_pretrained(tiny_model("llama")[0], tmp_path).eval()
+    loaded = peft.get_peft_model_state_dict(model)
+    for key, tensor in trained.export().items():
+        assert torch.equal(tensor, loaded[key]), key
+    for site in world.sites:
+        if site.index in trained.sites:
+            f = factors_at(trained.block, trained.sites[site.index], site)
+            for path, (ranks, _, scale, b) in zip(site.members, f.members(), strict=True):
+                layer = model.get_submodule(f"base_model.model.{path}")
+                delta = BdLoraLinearVariant._get_bdlora_delta_weight(layer, "default").detach()
+                torch.testing.assert_close(scale * b.T @ f.a[ranks], delta, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_goes_through_the_factorisation_and_the_difference() -> None:
@@ -132,29 +163,30 @@ def test_rows_are_orthonormal_and_span_the_same(scale: float) -> None:
 
 def test_the_adapted_positions_are_those_of_a_request() -> None:
     world, sample = World(), Sample(tokens=tuple(range(10)), weights=(0.0,) * 10, prompt_len=6)
-    ranges = [world.adapter(spec_of(adapter)).adapted(sample) for adapter in ALL[-3:]]
-    assert ranges == [((0, 6),), ((0, 2), (3, 6)), ()]
+    ranges = [world.adapter(spec_of(adapter)).adapted(sample) for adapter in ALL[-4:]]
+    assert ranges == [((0, 6),), ((0, 2), (3, 6)), ((0, 10),), ()]
     assert world.adapter(spec_of({"alora_invocation_tokens": [3, 4]})).adapted(sample) == ((3, 10),)
     assert world.adapter(spec_of({"scope": "prefill"})).scope is Scope.PREFILL
 
 
 @pytest.mark.parametrize(
-    ("adapter", "error", "message"),
+    ("adapter", "message"),
     [
         (
             {"target_modules": ["q_proj", "qproj"]},
-            InvalidRequest,
             r"has .qproj., which the base model does not",
         ),
-        ({"target_modules": r".*\.nothing"}, InvalidRequest, "selects no module"),
-        ({"layers": [1, 3]}, InvalidRequest, "layers has 3, but the base model's layers are 0 to 2"),
-        ({"method": "direft", "layers": [5]}, InvalidRequest, "layers has 5"),
-        ({"r": MAX_RANK + 1}, AdapterError, "over the limit of 64"),
-        ({"alora_invocation_tokens": [3], "scope": "prefill"}, InvalidRequest, "scope cannot be 'prefill'"),
+        ({"target_modules": r".*\.nothing"}, "selects no module"),
+        ({"layers": [1, 3]}, "layers has 3, but the base model's layers are 0 to 2"),
+        ({"method": "direft", "layers": [5]}, "layers has 5"),
+        ({"r": MAX_RANK + 1}, "over the limit of 64"),
+        ({"method": "bdlora", "nblocks": 3}, "nblocks is 3, which does not divide 64: .*64 x 8 and block"),
+        ({"method": "bdlora", "nblocks": 8}, "nblocks is 8, which does not divide 172: .*172 x 8 and block-diagonal"),
+        ({"alora_invocation_tokens": [3], "scope": "prefill"}, "scope cannot be 'prefill'"),
     ],
 )
-def test_what_the_base_model_cannot_take_is_named(adapter: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_what_the_base_model_cannot_take_is_named(adapter: dict, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
         World().adapter(spec_of(adapter))
 
 
@@ -166,3 +198,5 @@ def test_memory_is_known_before_it_is_taken() -> None:
     moments = 2 * adapter.parameters.nbytes
     assert design.nbytes(torch.float32) == sum(t.nbytes for t in tensors) + moments
     assert design.nbytes(torch.bfloat16) == design.plan.numel * 18
+    blocks = AdapterDesign.new(spec_of({"method": "bdlora"}).adapter, world.sites, base_model=None, max_rank=MAX_RANK)
+    assert blocks.plan.numel == design.plan.numel and blocks.nbytes(torch.bfloat16) == design.plan.numel * 19

@@ -57,11 +57,15 @@ def trl_loop(job: TrainingJob, data, folder: Path) -> tuple[list[float], list[fl
     return losses, accuracies, peft.get_peft_model_state_dict(model)
 
 
-@pytest.mark.parametrize(("max_tokens", "goes_on"), [(60, False), (1000, False), (60, True)])
-def test_steps_equal_trl(max_tokens: int, goes_on: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("max_tokens", "method", "goes_on"),
+    [(60, "lora", False), (1000, "lora", False), (60, "bdlora", False), (60, "lora", True)],
+)
+def test_steps_equal_trl(max_tokens: int, method: str, goes_on: bool, tmp_path: Path) -> None:
     """goes_on: from an adapter that was trained before, with which preferences are then compared."""
     world, data = World(), random_dataset(10, per_example=2)
     settings = {"n_epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "schedule": "constant"}
+    settings["adapter"] = {"method": method}
     start = None
     if goes_on:
         first = world.job(random_dataset(8, seed=3), **settings)
@@ -75,7 +79,7 @@ def test_steps_equal_trl(max_tokens: int, goes_on: bool, tmp_path: Path) -> None
     metrics = [e.data for e in events if e.kind is EventKind.METRICS]
     assert [m["train_reward_accuracy"] for m in metrics] == pytest.approx(accuracies)
     assert losses[-1] < losses[0] * 0.8
-    for key, tensor in job.adapter.tensors.items():
+    for key, tensor in job.adapter.export().items():
         torch.testing.assert_close(tensor, tensors[key], rtol=1e-2, atol=2e-5)
 
 

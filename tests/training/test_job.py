@@ -39,7 +39,7 @@ def make_job(world: World, kind: str, method: str) -> TrainingJob:
         random_dataset(7, per_example=per_example, weights=(1.0, 0.0, 0.3)),
         kind=kind,
         validation=random_dataset(3, seed=1, per_example=per_example),
-        adapter={"method": method, "r": 3},
+        adapter={"method": method, "r": 4},
         max_tokens=60 * per_example,
         n_epochs=2,
         batch_size=3,
@@ -52,7 +52,8 @@ def make_job(world: World, kind: str, method: str) -> TrainingJob:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("supervised", "lora"), ("supervised", "loreft"), ("dpo", "lora"), ("dpo", "noreft")]
+    ("kind", "method"),
+    [("supervised", "lora"), ("supervised", "loreft"), ("supervised", "bdlora"), ("dpo", "lora"), ("dpo", "noreft")],
 )
 def test_a_job_goes_on_exactly_from_wherever_it_was_cut(kind: str, method: str, tmp_path: Path) -> None:
     world = World()

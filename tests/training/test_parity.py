@@ -23,6 +23,8 @@ LORA_CASES = [
     {"method": "rslora", "r": 9, "alpha": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     {"method": "lora", "r": 3, "target_modules": ["gate_proj", "k_proj"], "layers": [0, 2]},
     {"method": "lora", "r": 2, "target_modules": ["embed_tokens", "lm_head", "o_proj"]},
+    {"method": "bdlora", "r": 8, "nblocks": 4},
+    {"method": "bdlora", "r": 6, "target_modules": ["lm_head", "k_proj", "down_proj"], "layers": [1, 2]},
 ]
 
 
@@ -77,7 +79,7 @@ def test_lora_steps_equal_peft(adapter: dict, max_tokens: int, tmp_path: Path) -
     assert len(expected) == 6
     assert train_losses(events) == pytest.approx(expected, rel=2e-6)
     trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    for key, tensor in job.adapter.tensors.items():
+    for key, tensor in job.adapter.export().items():
         torch.testing.assert_close(tensor, trained[key], rtol=1e-3, atol=2e-6)
 
 

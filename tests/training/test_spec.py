@@ -59,6 +59,9 @@ def test_both_mappings_are_one_namespace() -> None:
         ({"beta": 0.1}, "beta is 0.1, but only dpo has it"),
         ({"method": "loreft", "alpha": 2}, "alpha is 2.0, but loreft has no such setting"),
         ({"method": "direft", "dropout": 0.1}, "dropout is 0.1, but direft has no such setting"),
+        ({"nblocks": 4}, "nblocks is 4, but lora has no such setting"),
+        ({"method": "bdlora", "nblocks": 0}, "nblocks is 0; it must be an integer from 1 to 1024"),
+        ({"method": "bdlora", "alora_invocation_tokens": [3]}, "but bdlora has no such setting"),
         ({"positions": "f1+l1"}, r"positions is 'f1\+l1', but lora has no such setting"),
     ],
 )  # fmt: skip
