@@ -1,46 +1,49 @@
 """The planner's set-up against the best there is, on held-out workloads.
 
 By default the twin tries every set-up of a grid: how much of the best one's throughput do the search and the models
-reach, the latter alone and improved by the twin, and how long does it take? With --measure the real engine runs the
-grid instead: each set-up is served with random adapters and the workload is replayed over HTTP; to be run on a quiet
-machine.
+reach, the latter alone and improved by the twin, and how long does it take? With --measure the real engine judges
+instead, in this process and with random adapters, on a small grid; the profile is of this machine, which should be
+quiet.
 
     python -m benchmarks.planner [--profile FILE] [--workloads 6] [--save]
-    python -m benchmarks.planner --measure MODEL_FOLDER --profile FILE [--duration 60] [--rate 0.2] [--save]
+    python -m benchmarks.planner --measure MODEL_FOLDER --profile FILE --workloads 3 --duration 10 --output 20 [--save]
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import finish
+from multigraft.calibration.calibrate import write_adapter
+from multigraft.calibration.drive import Drive
 from multigraft.core.errors import CapacityExceeded
+from multigraft.engine.core import EngineCore
+from multigraft.engine.offline import make_config
+from multigraft.engine.parts import build
+from multigraft.kernels.openmp import release_pool
 from multigraft.planner.choice import Choice, Space, part
 from multigraft.planner.models import Models
 from multigraft.planner.search import Outcome, improved, search, try_out
 from multigraft.twin.describe import describe
 from multigraft.twin.profile import Profile
-from multigraft.twin.report import report
-from multigraft.twin.workload import Workload
+from multigraft.twin.report import Report, report
+from multigraft.twin.workload import Arrival, Workload
 from tests.planner.instances import cpu
 
 WAYS = ("search", "models", "confirmed")
 Judge = Callable[[Choice, Workload], Outcome]
 
 
-def held_out(seed: int, rate: float, duration: float) -> Workload:
-    """24 adapters of skewed rates, with a base rate that grows from workload to workload."""
+def held_out(seed: int, rate: float, duration: float, output: int) -> Workload:
+    """24 adapters of skewed rates, with a base rate that grows from workload to workload. output: mean length."""
     return describe(
         {
             "name": f"held out {seed}",
@@ -49,7 +52,7 @@ def held_out(seed: int, rate: float, duration: float) -> Workload:
             "slo": {"ttft": 8, "itl": 0.3},
             "adapters": [{"name": "a", "count": 24, "rank": [8, 16, 32], "rate": rate, "zipf": 0.5}],
             "prompt": {"lognormal": [160, 100], "max": 600},
-            "output": {"lognormal": [60, 40], "max": 200},
+            "output": {"lognormal": [output, output * 2 / 3], "max": 3 * output},
         }
     )
 
@@ -60,42 +63,52 @@ def grid(measured: bool) -> Space:
         num_adapters=(12, 24) if measured else (6, 12, 16, 20, 24),
         max_loras=(4, 24) if measured else (4, 8, 16, 24),
         adapter_memory=(1.0,),
-        max_num_seqs=(8, 32) if measured else (8, 16, 32, 64),
-        max_num_batched_tokens=(512, 2048) if measured else (256, 512, 1024, 2048),
+        max_num_seqs=(4, 24) if measured else (8, 16, 32, 64),
+        max_num_batched_tokens=(512,) if measured else (256, 512, 1024, 2048),
     )
 
 
 class Measured:
-    """Judges by the real engine: one server for each choice, started with the flags that a plan would set."""
+    """Judges by the real engine in this process, built anew for each set-up with the settings that a plan would give
+    the server. No HTTP: two cores would share their time with the client."""
 
     def __init__(self, model: str, profile: Profile, folder: Path):
-        import transformers
-
         self.model, self.profile, self.folder = model, profile, folder
-        self.config = transformers.AutoConfig.from_pretrained(model)
+        self._known: dict[tuple[str, Choice], Outcome] = {}
 
     def __call__(self, choice: Choice, workload: Workload) -> Outcome:
-        from benchmarks.common import write_adapter
-        from multigraft.twin.replay import replay
+        key = (workload.name, choice)
+        if key not in self._known:
+            self._known[key] = Outcome(choice, self._run(choice, workload), workload.slo)
+            r = self._known[key].report
+            print(f"{workload.name}: {choice}: {r.throughput:.0f} tokens/s, starved {r.starved}", flush=True)
+        return self._known[key]
 
+    def _run(self, choice: Choice, workload: Workload) -> Report:
         share = part(workload, choice.num_adapters)
-        for seed, adapter in enumerate(workload.adapters):
-            if not (self.folder / adapter.name).exists():
-                write_adapter(self.folder / adapter.name, self.config, adapter.rank, seed)
-        flags = choice.flags(share, self.profile)
-        arguments = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, "-m", "multigraft.cli.main", "serve", self.model, "--port", "0"]
-        server = subprocess.Popen(
-            [*command, "--lora-dir", str(self.folder), *arguments], stderr=subprocess.PIPE, text=True
-        )
+        settings = choice.flags(share, self.profile)
+        del settings["train_priority"]  # nothing is trained
+        parts = build(make_config(self.model, device="cpu", max_model_len=self.profile.max_model_len, **settings))
+        for adapter in share.adapters:
+            folder = self.folder / f"r{adapter.rank}"
+            if not folder.exists():
+                write_adapter(folder, parts.sites, adapter.rank, parts.loaded.dtype)
+            parts.store.register(adapter.name, folder)
+        release_pool()
+        core = EngineCore(parts)
+        core.start()
         try:
-            assert server.stderr is not None
-            url = next(m[1] for line in server.stderr if (m := re.search(r"curl (http\S+)/v1/", line)))
-            found = report(asyncio.run(replay(share, f"{url}/v1")), "measured")
+            Drive(core, warm_up(share)).run(timeout=60)
+            return report(Drive(core, share, seed=1).run(timeout=600), "measured")
         finally:
-            server.terminate()
-            server.communicate(timeout=60)
-        return Outcome(choice, found, workload.slo)
+            core.stop(30)
+            parts.store.close()
+
+
+def warm_up(workload: Workload) -> Workload:
+    """A few requests without adapter."""
+    requests = tuple(Arrival(0.1 * i, None, 64 * i + 1, 4) for i in range(5))
+    return replace(workload, requests=requests, jobs=())
 
 
 def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, models: Models) -> dict[str, float | str]:
@@ -147,6 +160,7 @@ def main() -> None:
     parser.add_argument("--workloads", type=int, default=6)
     parser.add_argument("--duration", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=0.12, help="requests a second and adapter in the first workload")
+    parser.add_argument("--output", type=int, default=60, help="mean tokens of an output")
     parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
@@ -154,7 +168,7 @@ def main() -> None:
         parser.error("--measure needs the --profile that `multigraft calibrate` wrote on this machine")
     profile = Profile.load(args.profile) if args.profile else cpu()
     space = grid(bool(args.measure))
-    training = [held_out(seed, args.rate * (1 + seed / 4), args.duration) for seed in range(4)]
+    training = [held_out(seed, args.rate * (1 + seed / 4), args.duration, args.output) for seed in range(4)]
     models = Models.fit(training, profile, examples=args.examples)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -162,11 +176,16 @@ def main() -> None:
         if args.measure:
             judge = Measured(args.measure, profile, Path(folder))
         for k in range(args.workloads):
-            workload = held_out(100 + k, args.rate * (1 + k / args.workloads), args.duration)
+            workload = held_out(100 + k, args.rate * (1 + k / args.workloads), args.duration, args.output)
             rows.append(compare(workload, profile, space, judge, models))
     show(rows)
     errors = {name: {"kind": f.kind, "mean_abs_error": round(f.error, 4)} for name, f in models.by_target.items()}
-    settings = {"profile": profile.model, "judge": "engine" if args.measure else "twin", "duration": args.duration}
+    settings = {
+        "profile": profile.model,
+        "hardware": dict(profile.hardware),
+        "judge": "engine" if args.measure else "twin",
+        "duration": args.duration,
+    }
     finish("planner", settings | {"models": errors}, rows, save=args.save)
 
 

@@ -20,7 +20,7 @@ from multigraft.core.config import AdapterConfig, fetch_threads
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
 from multigraft.core.region import Scope
 from multigraft.core.request import AdapterRef
-from multigraft.kernels.openmp import release_pool
+from multigraft.kernels.openmp import compute_alone, release_pool
 
 from . import peft_files
 from .peft_files import CONFIG, AdapterSpec
@@ -113,9 +113,8 @@ class AdapterStore:
         self._versions: dict[int, _Version] = {}  # by uid
         self._host: OrderedDict[int, PackedAdapter] = OrderedDict()  # by uid, least recently fetched first
         self._uids = itertools.count(1)
-        # On a GPU's host many threads read; with a pool of OpenMP threads each they would stand in each other's way.
-        alone = {"initializer": torch.set_num_threads, "initargs": (1,)} if pin else {}
-        self._threads = ThreadPoolExecutor(fetch_threads(), thread_name_prefix="adapter-fetch", **alone)
+        # With a pool of OpenMP threads each they would stand in each other's way, and on the CPU in that of the steps.
+        self._threads = ThreadPoolExecutor(fetch_threads(), "adapter-fetch", initializer=compute_alone)
 
     def register(
         self, name: str, path: str | Path, scope: Scope | None = None, *, validate: bool = False

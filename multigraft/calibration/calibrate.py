@@ -27,18 +27,31 @@ from multigraft.kernels.openmp import release_pool
 from multigraft.scheduling.steptime import StepTimeModel
 from multigraft.twin.profile import LoadTimes, Memory, Profile, these_versions, this_machine
 
+from .jobs import random_job
+from .load_times import measure_loads
 from .points import DesignedShare, Plan, PointRunner, Timed, draw_point
+from .speed import calm, probe
 
 RANKS = (8, 16, 32, 64)
 SLOTS = 64
 """Adapters on the device while calibrating, unless the configuration asks for more."""
 RANK_SUM = 256
 """Of the adapters of one rank: 32 of rank 8, 4 of rank 64."""
+LOAD_ROUNDS = 3
+"""Of which the one counts in which the machine was fastest."""
 TRAIN_SHARE = 0.25
 """Of the measuring time that goes into steps with training."""
+TRAIN_SIZES = (16, 4, 1, 8, 2)
+"""A pass has the largest possible number of rows over these, in turn."""
+TRAIN_PASSES = 200
+"""Of a job, more than run before it is stopped."""
 HELD_OUT = 5
 """Every so many points are not fitted, but tell the error."""
+COLD = 3
+"""The first so many points are not counted."""
 
+Point = tuple[float, list[Timed]]
+"""The slower probe before and behind it (see speed), and its steps."""
 Progress = Callable[[str, float], None]
 """Told what is being done, and the share that is done."""
 
@@ -67,13 +80,17 @@ def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, pr
             runner = PointRunner(core, rng)
             progress("Timing adapter loads", 0.05)
             loads = _measure_loads(core, runner, names)
-            timed, held_out = _measure_steps(core, runner, names, seconds, progress)
-            timed += _measure_training(core, runner, share, seconds * TRAIN_SHARE, progress)
+            points = _measure_steps(core, runner, names, seconds * (1 - TRAIN_SHARE), progress)
+            points += _measure_training(core, runner, share, seconds * TRAIN_SHARE, progress)
         finally:
             core.stop(30)
             parts.store.close()
     progress("Fitting", 0.98)
-    steps = StepTimeModel.fit(*zip(*timed, strict=True))
+    counted = calm([slowest for slowest, _ in points])
+    kept = [timed for (_, timed), ok in zip(points, counted, strict=True) if ok and timed]
+    held_out = kept[::HELD_OUT]
+    fitted = [step for i, timed in enumerate(kept) if i % HELD_OUT for step in timed]
+    steps = StepTimeModel.fit(*zip(*fitted, strict=True), robust=True)
     loaded = parts.loaded
     return Profile(
         model=loaded.name,
@@ -87,7 +104,7 @@ def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, pr
         launch=statistics.median(runner.launches) if runner.launches else 0.0,
         num_layers=loaded.model.config.get_text_config().num_hidden_layers,
         train_rows=parts.trainer.memory.max_rows,
-        errors=errors(steps, held_out),
+        errors=errors(steps, held_out) | {"left_out": 1 - sum(counted) / len(counted)},
     )
 
 
@@ -151,35 +168,12 @@ def _register(parts: EngineParts, folder: Path, progress: Progress) -> list[list
 
 
 def _measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]]) -> LoadTimes:
-    """Three adapters of each rank, from disk (in the system's cache, as just written) and from host memory."""
-    store, counters = core.parts.store, core.counters
-    fetches, copies = [], []
-    for group in names:
-        for name in group[:3]:
-            ref = store.resolve(name)
-            store.acquire(ref)  # so that it stays in host memory
-            start = time.perf_counter()
-            store.fetch(ref).result()
-            fetches.append((ref.nbytes, time.perf_counter() - start))
-            store.release(ref)
-            before = counters.adapter_load_seconds
-            runner.warm_up([name])
-            copies.append((ref.nbytes, counters.adapter_load_seconds - before))
-    (fetch, fetch_per_byte), (copy, copy_per_byte) = _line(fetches), _line(copies)
-    return LoadTimes(fetch=fetch, fetch_per_byte=fetch_per_byte, copy=copy, copy_per_byte=copy_per_byte)
-
-
-def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Base and slope, neither negative, of the least squares of the relative error."""
-    import numpy as np
-
-    from multigraft.scheduling.steptime import nonnegative_least_squares
-
-    seconds = np.array([t for _, t in points])
-    a = np.array([[1.0, nbytes] for nbytes, _ in points]) / seconds[:, None]
-    scale = np.linalg.norm(a, axis=0)
-    base, slope = nonnegative_least_squares(a / scale, np.ones(len(points))) / scale
-    return float(base), float(slope)
+    rounds = []
+    for _ in range(LOAD_ROUNDS):
+        before = probe(runner)
+        loads = measure_loads(core, runner, names)
+        rounds.append((max(before, probe(runner)), loads))
+    return min(rounds, key=lambda r: r[0])[1]
 
 
 # Steps ---------------------------------------------------------------------------------------------------------
@@ -187,67 +181,47 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 def _measure_steps(
     core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]], seconds: float, progress: Progress
-) -> tuple[list[Timed], list[list[Timed]]]:
-    """(steps to fit, held-out points). The first points find cold caches and are not counted."""
-    timed: list[Timed] = []
-    held_out: list[list[Timed]] = []
-    begun, number = time.monotonic(), -3
-    while (elapsed := time.monotonic() - begun) < seconds * (1 - TRAIN_SHARE) or number < 2 * HELD_OUT:
-        progress(f"Timing steps: {len(timed)}", 0.1 + 0.66 * min(1.0, elapsed / seconds / (1 - TRAIN_SHARE)))
+) -> list[Point]:
+    """The first points find cold caches and are not counted."""
+    points: list[Point] = []
+    begun, before = time.monotonic(), probe(runner)
+    while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * HELD_OUT:
+        progress(f"Timing steps: {len(points)} groups", 0.1 + 0.66 * min(1.0, elapsed / seconds))
         plans = draw_point(runner.rng, names, core)
         runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
-        steps = runner.run(plans)
-        if number >= 0 and steps:
-            if number % HELD_OUT:
-                timed += steps
-            else:
-                held_out.append(steps)
-        number += 1
-    return timed, held_out
+        timed, after = runner.run(plans), probe(runner)
+        points.append((max(before, after), timed))
+        before = after
+    return points[COLD:]
 
 
 def _measure_training(
     core: EngineCore, runner: PointRunner, share: DesignedShare, seconds: float, progress: Progress
-) -> list[Timed]:
+) -> list[Point]:
     """Steps with a part of a training pass, alone and beside requests."""
     trainer = core.parts.trainer
+    points: list[Point] = []
     if trainer.memory.max_rows < 1:
-        return []  # fine-tuning is turned off
-    rng, begun = runner.rng, time.monotonic()
+        return points  # fine-tuning is turned off
+    rng, begun, before = runner.rng, time.monotonic(), probe(runner)
     while (elapsed := time.monotonic() - begun) < seconds:
-        progress(f"Timing training: {len(share.timed)} steps", 0.78 + 0.2 * elapsed / seconds)
-        rows = min(trainer.memory.max_rows, rng.choice([64, 256, 1024, 2048]))
-        job, left = _job(core.parts, rows), Future[None]()
+        progress(f"Timing training: {len(points)} groups", 0.78 + 0.2 * elapsed / seconds)
+        rows = max(2, trainer.memory.max_rows // TRAIN_SIZES[len(points) % len(TRAIN_SIZES)])
+        job = random_job(core.parts, "calibration", tokens=rows * TRAIN_PASSES, microbatch=rows, rank=16)
+        left = Future[None]()
         release_pool()
         core.post(partial(trainer.start, job, 1.0, lambda event: None, left))
         plans = [
-            Plan(at=2 * i, context=0, new=rng.choice([1, 16, 128]), output=24, adapter=None, scope=Scope.ALL)
+            Plan(at=2 * i, context=0, new=rng.choice([1, 16, 128]), output=12, adapter=None, scope=Scope.ALL)
             for i in range(rng.choice([1, 4, 16]))
         ]
         runner.run(plans)
         core.post(partial(trainer.stop, job.id))
         left.result(120)
-    return share.timed
-
-
-def _job(parts: EngineParts, rows: int):  # type: ignore[no-untyped-def]
-    """A job without end on random tokens, `rows` of them in a microbatch."""
-    from multigraft.training.adapter import AdapterDesign, TrainableAdapter
-    from multigraft.training.dataset import Dataset
-    from multigraft.training.job import TrainingJob
-    from multigraft.training.microbatch import Sample
-    from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
-
-    rank = 16
-    hyper = Hyperparameters(n_epochs=50, batch_size=1)
-    spec = JobSpec(adapter=AdapterSpec(r=rank), hyperparameters=hyper).resolve(64, rows)
-    design = AdapterDesign.new(spec.adapter, parts.sites, base_model=None, max_rank=rank)
-    data = Dataset()
-    for number in range(64):
-        tokens = tuple(Random(number).choices(range(3, parts.vocab_size), k=rows))
-        data.add((Sample(tokens=tokens, weights=(0.0, *[1.0] * (rows - 1)), prompt_len=1),))
-    adapter = TrainableAdapter.new(spec.adapter, design, seed=0, dtype=parts.loaded.dtype, device=parts.loaded.device)
-    return TrainingJob(id="calibration", spec=spec, adapter=adapter, train=data, max_tokens=rows)
+        timed, after = share.take(), probe(runner)
+        points.append((max(before, after), timed))
+        before = after
+    return points
 
 
 # Memory --------------------------------------------------------------------------------------------------------

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 
 from multigraft.core.batch import Batch
 from multigraft.core.request import AdapterRef, FinishReason, Output, Request, SamplingParams
 from multigraft.engine.core import EngineCore, Submission
 from multigraft.engine.detokenize import Detokenizer
+from multigraft.kernels.openmp import release_pool
 from multigraft.twin.record import Load, Record, Sample, Served
 from multigraft.twin.simulate import NUM_SAMPLES
-from multigraft.twin.workload import Arrival, Workload, prompt_tokens
+from multigraft.twin.workload import Arrival, TrainingJob, Workload, prompt_tokens
+
+from .jobs import random_job
 
 
 class Drive:
@@ -38,23 +44,31 @@ class Drive:
         self._sample_every = max(workload.duration, 1.0) / NUM_SAMPLES
 
     def run(self, timeout: float | None = None) -> Record:
-        """Returns when every request has ended; TimeoutError after `timeout` seconds."""
+        """Returns when every request has ended, and stops the jobs then; without requests, when every job has.
+        TimeoutError after `timeout` seconds."""
         core, requests = self.core, self.workload.requests
         before = core.stats()
-        submissions = [self._submission(i, r) for i, r in enumerate(requests)]
+        due = [(r.time, partial(core.submit, self._submission(i, r))) for i, r in enumerate(requests)]
+        last = self.workload.duration if requests else math.inf
+        jobs = [_Job(core, job) for job in self.workload.jobs if job.start <= last]
+        due += [(job.start, job.begin) for job in jobs]
+        release_pool()  # jobs were made with torch; the engine's thread has the cores to itself
         self.start, was = time.monotonic(), core.observer
         core.observer = self
         try:
-            for r, submission in zip(requests, submissions, strict=True):
-                delay = self.start + r.time - time.monotonic()
+            for at, begin in sorted(due, key=itemgetter(0)):
+                delay = self.start + at - time.monotonic()
                 if delay > 0:
                     time.sleep(delay)
-                core.submit(submission)
-            if requests:
-                self._done.result(timeout)
+                begin()
+            for done in [self._done] if requests else [job.left for job in jobs]:
+                done.result(timeout)
+            self.record.seconds = time.monotonic() - self.start
+            self.record.train_tokens = sum(job.job.trained_tokens for job in jobs)
         finally:
             core.observer = was
-        self.record.seconds = time.monotonic() - self.start
+            for job in jobs:
+                job.stop()
         stats = core.stats()
         self.record.preemptions = stats.preemptions - before.preemptions
         return self.record
@@ -129,6 +143,26 @@ class Drive:
     def _index(self, request: Request) -> int | None:
         head, _, index = request.id.rpartition("-")
         return int(index) if head == f"drive-{id(self)}" else None
+
+
+class _Job:
+    """A training job of the workload, on random tokens."""
+
+    def __init__(self, core: EngineCore, job: TrainingJob):
+        rows = min(job.microbatch, core.parts.trainer.memory.max_rows)
+        self.core, self.start, self.begun = core, job.start, False
+        self.job = random_job(core.parts, job.name, tokens=job.tokens, microbatch=rows, rank=job.rank)
+        self.left: Future[None] = Future()
+
+    def begin(self) -> None:
+        self.begun = True
+        self.core.post(partial(self.core.trainer.start, self.job, 1.0, lambda event: None, self.left))
+
+    def stop(self) -> None:
+        """Wait until it is gone."""
+        if self.begun:
+            self.core.post(partial(self.core.trainer.stop, self.job.id))
+            self.left.result(60)
 
 
 def sized(workload: Workload, core: EngineCore) -> Workload:

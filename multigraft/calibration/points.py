@@ -96,7 +96,7 @@ class DesignedShare(TrainingShare):
 
     def __init__(self, rng: Random):
         super().__init__(TrainingConfig())
-        self.timed: list[Timed] = []
+        self._timed: list[Timed] = []
         self._rng = rng
 
     def grant(self, batch: Batch, work: TrainWork | None, num_waiting: int) -> TrainPart | None:
@@ -105,7 +105,12 @@ class DesignedShare(TrainingShare):
         return work.part(_log_uniform(self._rng, 1, work.forward + work.backward))
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        self.timed.append((shape, seconds))
+        self._timed.append((shape, seconds))
+
+    def take(self) -> list[Timed]:
+        """Those since the last call."""
+        timed, self._timed = self._timed, []
+        return timed
 
 
 class PointRunner:

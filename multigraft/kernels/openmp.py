@@ -26,6 +26,17 @@ def release_pool() -> None:
         library.omp_pause_resource_all(_PAUSE_HARD)
 
 
+def compute_alone() -> None:
+    """The calling thread makes no pool from now on: what it computes, it computes alone.
+
+    torch.set_num_threads(1) would also be the default of every thread that has not computed yet.
+    """
+    torch.get_num_threads()  # else the thread's first operation would ask for the default again
+    library = _gnu_openmp()
+    if library is not None:
+        library.omp_set_num_threads(1)
+
+
 def run_on_team(kernel: int, arguments: ctypes.Structure) -> None:
     """Call the kernel at this address, a C function of a pointer to `arguments`, on each of torch's threads at once,
     and wait. Without GNU's OpenMP the calling thread alone runs it.

@@ -130,24 +130,22 @@ class ServerLoads:
             begun * chunks * w["prefill_spans"]
             + begun * prompt * (prompt + 1) / 2 * w["prefill_attention"]
             + begun * prompt * (chunks - 1) / 2 * w["prefill_context"]
-            + begun * prompt * nbytes * w["prefill_adapter_work"]
+            + begun * prompt * self._adapted * (w["prefill_adapted"] + nbytes * w["prefill_adapter_work"])
             + decoding * w["decode_rows"]
             + decoding * (prompt + output / 2) * w["decode_context"]
-            + adapted * w["decode_adapted"]
+            + adapted * (w["decode_adapted"] + nbytes * w["decode_adapter_work"])
             + begun * output * w["samples"]
         )
         in_prefill = self._adapted * (w["prefill_adapters"] + nbytes * w["prefill_adapter_bytes"]) + 0 * t
         in_decode = self._everywhere * (w["decode_adapters"] + nbytes * w["decode_adapter_bytes"]) + 0 * t
-        every_row = self._everywhere * nbytes * w["decode_adapted_times_bytes"]
 
         budget = t * self._usable - self._fixed
         max_rows = np.zeros(len(t))
         for k in range(len(t)):
             mean = work[:, k].sum(), rows[:, k].sum(), running[:, k].sum()
-            scale = self._scale_that_fills(k, *mean, begun * chunks, adapted, in_prefill, in_decode, every_row)
+            scale = self._scale_that_fills(k, *mean, begun * chunks, adapted, in_prefill, in_decode)
             slope, intercept, max_rows[k] = self._row_line(scale * mean[1])
             work[:, k] += slope * rows[:, k]
-            in_decode[:, k] += every_row[:, 0] * max(1.0, scale * adapted[:, k].sum())
             budget[k] = max(budget[k] - intercept, 1e-12)
 
         kv = running * (prompt + output / 2)
@@ -176,7 +174,6 @@ class ServerLoads:
         adapted: Array,
         in_prefill: Array,
         in_decode: Array,
-        every_row: Array,
     ) -> float:
         """By how much this mix of demands has to grow or shrink to fill a step of mode k."""
         scheduler = self._deployment.scheduler
@@ -185,10 +182,9 @@ class ServerLoads:
         low, high = 0.0, most
         for _ in range(30):
             scale = (low + high) / 2
-            present = -np.expm1(-scale * adapted[:, k])
             seconds = scale * work + self._row_seconds(scale * rows)
-            seconds += -np.expm1(-scale * begun[:, k]) @ in_prefill[:, k] + present @ in_decode[:, k]
-            seconds += scale * adapted[:, k].sum() * (present @ every_row[:, 0])
+            seconds -= np.expm1(-scale * begun[:, k]) @ in_prefill[:, k]
+            seconds -= np.expm1(-scale * adapted[:, k]) @ in_decode[:, k]
             low, high = (scale, high) if seconds <= budget else (low, scale)
         return high
 
@@ -266,6 +262,7 @@ def _full_step(demands: Sequence[Demand], profile: Profile, deployment: Deployme
         decode_adapted=int(rows * adapted @ weights),
         decode_adapters=present,
         decode_adapter_bytes=int(present * nbytes @ weights),
+        decode_adapter_work=int(rows * (adapted * nbytes) @ weights),
         samples=rows,
     )
     return profile.steps.predict(shape)

@@ -17,6 +17,8 @@ from multigraft.core.errors import InvalidRequest
 
 REFINE_RATE = 0.02
 """Share of a step's surprise that goes into the correction: about 50 steps to follow a change."""
+ROUNDS, SMALL_ERROR = 10, 0.03
+"""Of a robust fit: how often it is weighed anew, and relative errors that count by their squares."""
 ROW_KNOTS = (0, 16, 64, 256, 1024)
 """The cost of a row may differ between these row counts: few rows wait for weights, many for arithmetic."""
 
@@ -31,6 +33,8 @@ class StepShape:
     """Sum over prefill spans of new positions times the context each one sees."""
     prefill_context: int = 0
     """Positions before the spans, whose KV is read."""
+    prefill_adapted: int = 0
+    """Rows that an adapter acts on."""
     prefill_adapters: int = 0
     prefill_adapter_bytes: int = 0
     prefill_adapter_work: int = 0
@@ -39,9 +43,10 @@ class StepShape:
     decode_context: int = 0
     """KV positions that decode rows read."""
     decode_adapted: int = 0
-    """Decode rows with an adapter."""
     decode_adapters: int = 0
     decode_adapter_bytes: int = 0
+    decode_adapter_work: int = 0
+    """As for prefill."""
     samples: int = 0
     """Rows that go through the output head."""
     train_rows: int = 0
@@ -55,7 +60,7 @@ class StepShape:
     def of(cls, batch: Batch) -> StepShape:
         """To be taken between schedule() and commit(), which moves what the spans refer to."""
         shape = cls()
-        decode_context = decode_rows = decode_adapted = 0
+        decode_context = decode_rows = decode_adapted = decode_work = nbytes = 0
         slot: int | None = None  # of the span before: spans lie by phase, then by slot
         in_decode = False
         for span in batch.spans:
@@ -69,8 +74,10 @@ class StepShape:
                     if span.slot != slot:
                         slot = span.slot
                         assert span.request.adapter is not None
+                        nbytes = span.request.adapter.nbytes
                         shape.decode_adapters += 1
-                        shape.decode_adapter_bytes += span.request.adapter.nbytes
+                        shape.decode_adapter_bytes += nbytes
+                    decode_work += nbytes
                 continue
             n, start = span.length, span.start
             shape.prefill_spans += 1
@@ -81,12 +88,15 @@ class StepShape:
             if span.slot is not None:
                 assert span.request.adapter is not None
                 nbytes = span.request.adapter.nbytes
-                shape.prefill_adapter_work += nbytes * sum(hi - lo for lo, hi in span.segments())
+                adapted = sum(hi - lo for lo, hi in span.segments())
+                shape.prefill_adapted += adapted
+                shape.prefill_adapter_work += nbytes * adapted
                 if span.slot != slot:
                     slot = span.slot
                     shape.prefill_adapters += 1
                     shape.prefill_adapter_bytes += nbytes
         shape.decode_rows, shape.decode_context, shape.decode_adapted = decode_rows, decode_context, decode_adapted
+        shape.decode_adapter_work = decode_work
         shape.samples += decode_rows
         if batch.train is not None:
             shape.train_rows = batch.train.rows
@@ -107,6 +117,7 @@ class StepShape:
             s.prefill_spans,
             s.prefill_attention,
             s.prefill_context,
+            s.prefill_adapted,
             s.prefill_adapters,
             s.prefill_adapter_bytes,
             s.prefill_adapter_work,
@@ -115,7 +126,7 @@ class StepShape:
             s.decode_adapted,
             s.decode_adapters,
             s.decode_adapter_bytes,
-            s.decode_adapted * s.decode_adapter_bytes,
+            s.decode_adapter_work,
             s.samples,
             s.train_forward,
             s.train_backward,
@@ -132,6 +143,7 @@ FEATURES = (
     "prefill_spans",
     "prefill_attention",
     "prefill_context",
+    "prefill_adapted",
     "prefill_adapters",
     "prefill_adapter_bytes",
     "prefill_adapter_work",
@@ -140,14 +152,13 @@ FEATURES = (
     "decode_adapted",
     "decode_adapters",
     "decode_adapter_bytes",
-    "decode_adapted_times_bytes",
+    "decode_adapter_work",
     "samples",
     "train_forward",
     "train_backward",
     "train_layers",
 )
-"""Terms of the model. On the CPU every adapted decode row is multiplied with all adapters of the step, hence the
-product; on CUDA its weight comes out near zero."""
+"""Terms of the model."""
 
 
 _CONTEXT = FEATURES.index("decode_context")
@@ -180,8 +191,12 @@ class StepTimeModel:
             self.correction *= min(2.0, max(0.5, seconds / predicted)) ** REFINE_RATE
 
     @classmethod
-    def fit(cls, shapes: Sequence[StepShape], seconds: Sequence[float]) -> StepTimeModel:
-        """Least squares of the relative error under non-negative weights. Terms that never occur get weight 0."""
+    def fit(cls, shapes: Sequence[StepShape], seconds: Sequence[float], *, robust: bool = False) -> StepTimeModel:
+        """Least squares of the relative error under non-negative weights. Terms that never occur get weight 0.
+
+        robust: least absolute errors, but for small ones, so that spells in which the machine was slow do not count
+        (Huber's loss by iterated weights; some ten times the work).
+        """
         import numpy as np
 
         times = np.asarray(seconds, dtype=float)
@@ -189,8 +204,12 @@ class StepTimeModel:
         a = np.array([shape.features() for shape in shapes], dtype=float) / times[:, None]
         scale = np.linalg.norm(a, axis=0)
         scale[scale == 0] = 1.0
-        solution = nonnegative_least_squares(a / scale, np.ones(len(times))) / scale
-        return cls(tuple(float(w) for w in solution))
+        a /= scale
+        weight = np.ones(len(times))
+        for _ in range(ROUNDS if robust else 1):
+            solution = nonnegative_least_squares(a * weight[:, None], weight)
+            weight = np.maximum(np.abs(a @ solution - 1), SMALL_ERROR) ** -0.5
+        return cls(tuple(float(w) for w in solution / scale))
 
     def errors(self, shapes: Sequence[StepShape], seconds: Sequence[float]) -> list[float]:
         """Relative errors, signed: positive where the model predicts too much."""

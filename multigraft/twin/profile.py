@@ -28,6 +28,10 @@ class LoadTimes:
     copy: float = 0.0
     """From host memory to the device."""
     copy_per_byte: float = 0.0
+    step_slowdown: float = 0.0
+    """By what share of itself a step takes longer for each adapter that is read from disk beside it."""
+    read_slowdown: float = 0.0
+    """And reading one beside a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +91,6 @@ class Profile:
     """Of one training pass, at most."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Relative errors of the step-time model on steps it was not fitted to: mean, p95, worst."""
-
-    def fetch_seconds(self, nbytes: int) -> float:
-        return self.loads.fetch + self.loads.fetch_per_byte * nbytes
 
     def copy_seconds(self, nbytes: int) -> float:
         return self.loads.copy + self.loads.copy_per_byte * nbytes

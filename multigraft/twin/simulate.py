@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from typing import Protocol
 
 from multigraft.core.batch import AdapterMove, Batch, Phase
+from multigraft.core.config import fetch_threads
 from multigraft.core.errors import MultigraftError
 from multigraft.core.request import AdapterRef, FinishReason, Request, SamplingParams
 from multigraft.kvcache.pages import PagePool
@@ -120,10 +121,11 @@ class Twin:
         self._refs: dict[str | None, AdapterRef | None] = {None: None}
         for uid, a in enumerate(workload.adapters, 1):
             self._refs[a.name] = AdapterRef(a.name, uid, a.nbytes or profile.adapter_bytes(a.rank), a.scope)
-        self._host = HostMemory(deployment.max_cpu_loras, profile.fetch_seconds)
+        threads = fetch_threads(profile.hardware.get("cores"))
+        self._host = HostMemory(deployment.max_cpu_loras, profile.loads, threads)
         self._arrived = 0  # requests handed to the scheduler or refused
-        self._loads: list[tuple[float, int, float, AdapterMove, bool]] = []
-        """A heap of (due, number, start, move, whether it is on the device then)."""
+        self._loads: list[tuple[float, int, float, AdapterMove]] = []
+        """Copies to the device: a heap of (due, number, start of the load, move)."""
         self._num_loads = 0
         self._in_flight: _Flight | None = None
         self._delivered = 0.0
@@ -180,7 +182,11 @@ class Twin:
             shape = StepShape.of(batch)
             flight.seconds = seconds = self.profile.steps.predict(shape)
             if batch.train is not None:
-                until_results = replace(shape, train_backward=0, train_layers=batch.train.forward)
+                # Where steps overlap, training runs on its own behind them; elsewhere forward rows ride along.
+                ahead = 0 if self.profile.overlap else batch.train.forward
+                until_results = replace(
+                    shape, train_forward=ahead * batch.train.rows, train_backward=0, train_layers=ahead
+                )
                 flight.seconds = self.profile.steps.predict(until_results)
                 flight.afterwards = seconds - flight.seconds
                 self.training.run(batch.train)
@@ -205,13 +211,14 @@ class Twin:
         if self.profile.overlap:
             flight, self._in_flight = self._in_flight, flight
             if flight is None:
-                self.now += self.timing.launch() if self.timing else self.profile.launch
+                launch = self.timing.launch() if self.timing else self.profile.launch
+                self.now = self._host.idle(self.now, self.now + launch)
         if flight is not None:
             self._deliver(flight)
 
     def _deliver(self, flight: _Flight) -> None:
         """Let the step's time pass, and hand its tokens out."""
-        self.now += flight.seconds
+        self.now = self._host.step(self.now, flight.seconds)
         record, now = self.record, self.now
         if flight.decodes:
             record.add_gap(now - self._delivered, flight.decodes)
@@ -225,7 +232,7 @@ class Twin:
         for served in flight.ended:
             served.last, served.num_tokens = now, served.request.output_len
         self._delivered = now
-        self.now += flight.afterwards
+        self.now = self._host.step(self.now, flight.afterwards)
 
     def _pause(self, request: Request) -> None:
         """A preempted request has had its last token for a while."""
@@ -245,7 +252,7 @@ class Twin:
         model, shape = self.profile.steps, StepShape.of(Batch(spans=spans))
         seconds, growth = model.predict(shape), model.growth(shape)
         event, done = self._next_event(), 0
-        while done < steps and self.now < event:
+        while done < steps and self.now < event and not self._host.done:
             flight = _Flight(seconds + done * growth, len(spans))
             done += 1
             if done == steps:
@@ -268,7 +275,7 @@ class Twin:
         return not requests and (self.training.next_start is not None or self.training.work(self.now) is not None)
 
     def _next_event(self) -> float:
-        """When something next happens by itself; infinity when nothing will."""
+        """When something next happens by itself, reads aside; infinity when nothing will."""
         requests = self.record.workload.requests
         arrival = requests[self._arrived].time if self._arrived < len(requests) else math.inf
         load = self._loads[0][0] if self._loads else math.inf
@@ -277,9 +284,9 @@ class Twin:
 
     def _wait(self) -> None:
         """Let the time pass until the next event."""
-        event = self._next_event()
+        event = min(self._next_event(), self._host.next_done(self.now))
         if event < math.inf:
-            self.now = max(self.now, event)
+            self.now = self._host.idle(self.now, max(self.now, event))
         else:
             assert self._arrived == len(self.record.workload.requests) and not self.scheduler.num_waiting
 
@@ -304,24 +311,24 @@ class Twin:
 
     def _start_load(self, move: AdapterMove) -> None:
         if self.timing is not None:
-            self._push_load(self.now + self.timing.load(move.ref), self.now, move, on_device=True)
+            self._push_copy(self.now + self.timing.load(move.ref), self.now, move)
         else:
-            self._push_load(self._host.fetch(move.ref, self.now), self.now, move, on_device=False)
+            self._host.fetch(move, self.now)
 
-    def _push_load(self, due: float, start: float, move: AdapterMove, *, on_device: bool) -> None:
+    def _push_copy(self, due: float, start: float, move: AdapterMove) -> None:
         self._num_loads += 1
-        heappush(self._loads, (due, self._num_loads, start, move, on_device))
+        heappush(self._loads, (due, self._num_loads, start, move))
 
     def _finish_loads(self) -> None:
-        """As EngineCore._to_device and _finish_copies: on the CPU a copy takes the engine's own time."""
+        """As EngineCore's inbox and AdapterLoads: on the CPU a copy takes the engine's own time."""
+        while self._host.done:
+            move, start = self._host.done.popleft()
+            copied = self.now + self.profile.copy_seconds(move.ref.nbytes)
+            if not self.profile.overlap:
+                self.now = self._host.idle(self.now, copied)
+            self._push_copy(copied, start, move)
         while self._loads and self._loads[0][0] <= self.now:
-            _, _, start, move, on_device = heappop(self._loads)
-            if not on_device:
-                copied = self.now + self.profile.copy_seconds(move.ref.nbytes)
-                if self.profile.overlap:
-                    self._push_load(copied, start, move, on_device=True)
-                    continue
-                self.now = copied
+            _, _, start, move = heappop(self._loads)
             self.scheduler.adapter_loaded(move.ref.uid)
             self.record.loads.append(Load(move.ref.name, start, self.now - start))  # type: ignore[union-attr]
 

@@ -24,7 +24,7 @@ FAST = {
 SLOW = {
     "step": 1e-2, "has_prefill": 2e-3, "has_adapters": 2e-3, "rows_from_0": 8e-4, "rows_from_16": 7e-4,
     "rows_from_64": 3e-4, "rows_from_256": 2e-4, "rows_from_1024": 2e-4, "decode_context": 6e-7,
-    "decode_adapters": 5e-4, "decode_adapter_bytes": 1e-9, "decode_adapted_times_bytes": 2e-11,
+    "decode_adapters": 5e-4, "decode_adapter_bytes": 1e-9, "decode_adapter_work": 2e-12,
     "prefill_adapter_work": 2e-12, "samples": 1e-4,
 }  # fmt: skip
 """About two CPU cores with a 135M model: a row costs less when there are more, and the foreign rows cost, too."""

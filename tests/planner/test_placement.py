@@ -102,7 +102,7 @@ def test_loads_are_the_step_time_models():
         prefill_adapters=in_prefill, prefill_adapter_bytes=in_prefill * nbytes,
         prefill_adapter_work=begun * 32 * nbytes, decode_rows=decoding, decode_context=decoding * 132,
         decode_adapted=decoding, decode_adapters=present, decode_adapter_bytes=present * nbytes,
-        samples=begun + decoding,
+        decode_adapter_work=decoding * nbytes, samples=begun + decoding,
     )  # fmt: skip
     assert profile.steps.predict(shape) == pytest.approx(t, rel=0.05)
     assert sums.max() > 0.99

@@ -38,6 +38,7 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
         prefill_rows=9,
         prefill_attention=(1 + 2 + 3 + 4) + (9 + 10) + (1 + 2 + 3),
         prefill_context=8,
+        prefill_adapted=6,
         prefill_adapters=2,
         prefill_adapter_bytes=110,
         prefill_adapter_work=4 * 100 + 2 * 10,
@@ -46,6 +47,7 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
         decode_adapted=3,
         decode_adapters=2,
         decode_adapter_bytes=1100,
+        decode_adapter_work=2 * 100 + 1000,
         samples=2 + 4,
         train_rows=50,
         train_forward=150,
@@ -54,7 +56,6 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
     )
     features = dict(zip(FEATURES, shape.features(), strict=True))
     assert features["rows_from_0"] == 13 and features["rows_from_16"] == 0
-    assert features["decode_adapted_times_bytes"] == 3300
 
 
 def test_an_adapter_in_both_phases_counts_in_both() -> None:
@@ -98,6 +99,19 @@ def test_fit_recovers_times_of_unseen_steps_and_survives_json() -> None:
     assert max(map(abs, model.errors(shapes[200:], seconds[200:]))) < 0.03
     again = StepTimeModel.from_json(json.loads(json.dumps(model.to_json())))
     assert again == model
+
+
+def test_a_robust_fit_leaves_slow_spells_out() -> None:
+    rng = random.Random(1)
+    true = StepTimeModel(tuple(rng.random() * 1e-6 for _ in FEATURES))
+    shapes = [random_shape(rng) for _ in range(400)]
+    seconds = [true.predict(s) * (1.5 if i % 4 == 0 else 1.0) for i, s in enumerate(shapes)]
+    clean = [true.predict(s) for s in shapes]
+
+    def worst(model: StepTimeModel) -> float:
+        return max(map(abs, model.errors(shapes, clean)))
+
+    assert worst(StepTimeModel.fit(shapes, seconds, robust=True)) < 0.05 < worst(StepTimeModel.fit(shapes, seconds))
 
 
 def test_refine_follows_a_slower_machine_but_not_one_outlier() -> None:

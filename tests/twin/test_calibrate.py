@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from multigraft.calibration.calibrate import calibrate
@@ -12,7 +13,7 @@ from multigraft.engine.offline import make_config
 from multigraft.twin.profile import Profile
 from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
-from multigraft.twin.workload import Workload
+from multigraft.twin.workload import TrainingJob, Workload
 from tests.tiny import build_checkpoint
 from tests.twin.made import poisson
 
@@ -35,11 +36,16 @@ def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
     requests = (r._replace(adapter=None) for r in poisson(1, 20.0, 1.0, 0, 40, 20).requests)
     workload = Workload(name="base", requests=tuple(requests))
     engine.start()
+    job = TrainingJob(name="job", tokens=10**5, microbatch=32)
     try:
         measured = report(Drive(engine, workload).run(timeout=60), "measured")
+        trained = Drive(engine, replace(workload, jobs=(job,)), seed=1).run(timeout=60)
+        alone = Drive(engine, Workload(name="job", jobs=(replace(job, tokens=100),))).run(timeout=60)
     finally:
         engine.stop(10)
     predicted = report(simulate(workload, profile, profile.deployment(scheduler=config.scheduler)))
     assert measured.completed == predicted.completed == len(workload.requests)
+    assert report(trained).completed == len(workload.requests) and trained.train_tokens > 0
+    assert alone.train_tokens == 4 * 32, "four whole samples"
     # Loose, for busy machines: benchmarks/twin_accuracy.py tells how good it is.
     assert 0.1 < predicted.itl.mean / measured.itl.mean < 10
