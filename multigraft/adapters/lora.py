@@ -111,11 +111,11 @@ class Lora:
     def shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for site in sites:
-            for path, out_features in zip(site.members, site.out_features, strict=True):
+            for path, out_features in zip(site.members, site.whole.whole_out, strict=True):
                 if site.kind in SUFFIXES and self.targets.select(path, site.kind):
                     a, b = (PREFIX + path + suffix for suffix in SUFFIXES[site.kind])
                     rank, blocks = self.rank_of(path), self.blocks_of(path, site.kind)
-                    shapes[a] = stored_shape(a, blocks.a, rank, site.in_features)
+                    shapes[a] = stored_shape(a, blocks.a, rank, site.whole.whole_in)
                     shapes[b] = stored_shape(b, blocks.b, out_features, rank)
         return shapes
 

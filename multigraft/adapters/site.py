@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -89,6 +89,13 @@ class Site:
             return self.shard
         outputs = tuple((0, out) for out in self.out_features)
         return Shard((0, self.in_features), outputs, self.in_features, self.out_features)
+
+    @property
+    def unsplit(self) -> Site:
+        """The site as it is where the modules are whole."""
+        if self.shard is None:
+            return self
+        return replace(self, in_features=self.shard.whole_in, out_features=self.shard.whole_out, shard=None)
 
     @property
     def gathered(self) -> int:

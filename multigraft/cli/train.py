@@ -102,7 +102,7 @@ PANELS: dict[type, str] = {JobFlags: "Job", AdapterFlags: "Adapter"}
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate", "max_length", "checkpoint_steps", "beta")
 ENGINE_FLAGS = (
     "tokenizer", "revision", "dtype", "device", "max_model_len", "load_format", "chat_template", "trust_remote_code",
-    "kv_cache_gib", "gpu_memory_utilization", "max_lora_rank", "train_memory_gib", "data_dir",
+    "kv_cache_gib", "gpu_memory_utilization", "max_lora_rank", "tensor_parallel_size", "train_memory_gib", "data_dir",
 )  # fmt: skip
 """What an engine of our own can be told, of `multigraft serve`'s flags."""
 

@@ -88,15 +88,18 @@ class EngineTraining:
     def withdraw(self, name: str) -> bool:
         return self.parts.store.unregister_unused(name)
 
-    def _design(self, spec: JobSpec) -> AdapterDesign:
+    def _design(self, spec: JobSpec, *, split: bool = False) -> AdapterDesign:
+        """split: as this rank of several serves it, not whole as it is trained."""
         limit = self.parts.config.adapters.max_lora_rank
-        return AdapterDesign.new(spec.adapter.resolve(), self.parts.sites, base_model=self.model_name, max_rank=limit)
+        sites = self.parts.sites if split else [site.unsplit for site in self.parts.sites]
+        return AdapterDesign.new(spec.adapter.resolve(), sites, base_model=self.model_name, max_rank=limit)
 
     def _nbytes(self, spec: JobSpec) -> int:
         """Of the adapter and all that its training keeps beside activations. CapacityExceeded if it could never be
         served."""
         design = self._design(spec)
-        block, most = design.plan.numel * self.parts.loaded.dtype.itemsize, self.parts.bank.capacity_bytes
+        served = design if self.parts.ranks is None else self._design(spec, split=True)
+        block, most = served.plan.numel * self.parts.loaded.dtype.itemsize, self.parts.bank.capacity_bytes
         if block > most:
             raise CapacityExceeded(
                 f"The adapter would have {block} bytes, more than the {most} bytes for adapters on the device "

@@ -23,10 +23,11 @@ from multigraft.adapters.store import AdapterStore, parse_lora_module
 from multigraft.core.batch import AdapterMove
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftError
-from multigraft.engine.ranks import LeadBank, Ranks, uses_cuda, without_training
+from multigraft.engine.ranks import LeadBank, Ranks, uses_cuda
 from multigraft.engine.sampler import Sampler
 from multigraft.engine.structured import StructuredOutput
 from multigraft.engine.train_memory import TrainMemory
+from multigraft.engine.train_ranks import LeadTraining
 from multigraft.engine.trainer import Trainer
 from multigraft.kvcache.pages import PagePool
 from multigraft.kvcache.tensors import PagedKV
@@ -114,8 +115,6 @@ def build(config: EngineConfig, progress: Callable[[str], None] = log.info) -> E
         raise InvalidRequest(f"tensor_parallel_size is {size}; it must be 1 or more.", param="tensor_parallel_size")
     if size == 1:
         return _build_lead(config, progress, None)
-    progress("Fine-tuning is off: it does not run with tensor parallelism yet")
-    config = without_training(config)
     ranks = Ranks(config)
     try:
         return _build_lead(config, progress, ranks)
@@ -131,6 +130,7 @@ def _build_lead(config: EngineConfig, progress: Callable[[str], None], ranks: Ra
     loaded, bank, sites = rank.loaded, rank.bank, rank.sites
     if ranks:
         rank.runner.announce = ranks.announce
+        rank.trainer.lead = LeadTraining(ranks)
         ranks.wait_until_ready()
     store = AdapterStore(
         sites,
@@ -195,8 +195,8 @@ def build_rank(
     grafts = _make_grafts(config, loaded, sites, bank, head, group)
     graft.graft(model, sites, grafts)
     if group and loaded.split:
-        loaded.split.connect(model, group)
-    train_memory = TrainMemory.plan(config.training, loaded)
+        loaded.split.connect(model, group, grafts.train)
+    train_memory = TrainMemory.plan(config.training, loaded, group.size if group else 1)
     kv = _allocate_kv(config, loaded, train_memory.budget, group)
     num_heads = model.config.get_text_config().num_attention_heads // (group.size if group else 1)
     backend = backends.choose(config.model.attention_backend, kv, num_heads)

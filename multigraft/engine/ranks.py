@@ -54,17 +54,19 @@ class Ranks:
         self._lost: RankLost | None = None
         self._lost_event = threading.Event()
         self._closing = False
+        self._in_step = True
+        """Whether the other ranks listen when told something."""
         self._told_of_loss: Callable[[RankLost], None] | None = None
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         if torchrun_rank() is not None:
-            self._store = meet_torchrun(size)
+            self.store = meet_torchrun(size)
         else:
-            self._store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+            self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
             for rank in range(1, size):
-                self._processes[rank] = _spawn(config, rank, self._store.port)
+                self._processes[rank] = _spawn(config, rank, self.store.port)
                 threading.Thread(target=self._watch, args=(rank,), name=f"rank-{rank}-watch", daemon=True).start()
         self._wait_for("joined", size)
-        self._transfers = join(self._store, 0, config)
+        self._transfers = join(self.store, 0, config)
         self.group = Group()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="adapter-sender")
 
@@ -72,10 +74,10 @@ class Ranks:
         """Until every other rank has set the key; the error of one that failed meanwhile is raised here."""
         keys = [f"{what}/{rank}" for rank in range(1, size)]
         deadline = time.monotonic() + JOIN_SECONDS
-        while not self._store.check(keys):
+        while not self.store.check(keys):
             for rank in range(1, size):
-                if self._store.check([f"error/{rank}"]):
-                    raise ModelNotSupported(f"Rank {rank}: {self._store.get(f'error/{rank}').decode()}")
+                if self.store.check([f"error/{rank}"]):
+                    raise ModelNotSupported(f"Rank {rank}: {self.store.get(f'error/{rank}').decode()}")
             if self._lost is not None:
                 raise self._lost
             if not self._processes and time.monotonic() > deadline:
@@ -142,9 +144,19 @@ class Ranks:
         if self._lost is not None:
             tell(self._lost)
 
+    @property
+    def lost(self) -> RankLost | None:
+        """What happened to a rank that has ended."""
+        return self._lost
+
     def blame(self, error: BaseException) -> BaseException:
-        """The loss of a rank if that is what an error comes from; a broken connection may be noticed first."""
-        self._lost_event.wait(2.0 if self._processes else 0.0)
+        """The loss of a rank if that is what an error comes from; a broken connection may be noticed first.
+
+        The engine ends: as the others may wait in any collective, `close` tells them nothing.
+        """
+        self._in_step = False
+        if not isinstance(error, RankLost):
+            self._lost_event.wait(2.0 if self._processes else 0.0)
         return self._lost or error
 
     def close(self) -> None:
@@ -152,7 +164,8 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
-        if self._lost is None:
+        listening = self._lost is None and self._in_step
+        if listening:
             with contextlib.suppress(RuntimeError):  # they may have ended by themselves
                 self.tell(np.array([wire.STOP], dtype=np.int32))
                 for rank in range(1, self.group.size):
@@ -161,7 +174,7 @@ class Ranks:
         deadline = time.monotonic() + 5
         for process in self._processes.values():
             try:
-                process.wait(max(0.1, deadline - time.monotonic()) if self._lost is None else 0.1)
+                process.wait(max(0.1, deadline - time.monotonic()) if listening else 0.1)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -203,11 +216,6 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
     return dist.new_group(backend="gloo", timeout=FOREVER)
-
-
-def without_training(config: EngineConfig) -> EngineConfig:
-    """What a tensor-parallel engine can do of it: fine-tuning does not run there yet."""
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, max_training_jobs=0))
 
 
 def uses_cuda(config: EngineConfig) -> bool:

@@ -46,20 +46,24 @@ class TrainMemory:
     _shrunk: bool = False
 
     @classmethod
-    def plan(cls, config: TrainingConfig, loaded: LoadedModel) -> TrainMemory:
+    def plan(cls, config: TrainingConfig, loaded: LoadedModel, num_ranks: int = 1) -> TrainMemory:
+        """Of each of num_ranks ranks. It suffices for all of them, as only rank 0 has optimizer states."""
         c = loaded.model.config.get_text_config()
         hidden, size = c.hidden_size, loaded.dtype.itemsize
-        heads = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
-        kv = heads * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
+        head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+        kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        kv = head_dim * (loaded.split.kv_heads if loaded.split else kv_heads)
+        width = -(-c.intermediate_size // num_ranks)
         # Measured on Llama's layer in PyTorch 2.11 and 2.13: norms in float32 and every product apart, unless fused.
-        fused = size * (6 * hidden + 2 * kv + 3 * c.intermediate_size)
+        # Of the 6 rows as wide as the hidden state, queries and the attention's output are shared out over ranks.
+        fused = size * (4 * hidden + 2 * hidden // num_ranks + 2 * kv + 3 * width)
         return cls(
             budget=_budget(config, loaded.device),
             num_layers=c.num_hidden_layers,
             input_bytes=hidden * size,
             fused_bytes=fused,
-            plain_bytes=fused + 4 * 6 * hidden + size * (6 * hidden + 2 * c.intermediate_size),
-            head_bytes=HEAD_ROWS * c.vocab_size * (2 * size + 8),
+            plain_bytes=fused + 4 * 6 * hidden + size * (6 * hidden + 2 * width),
+            head_bytes=HEAD_ROWS * -(-c.vocab_size // num_ranks) * (2 * size + 8),
             most_rows=MAX_ROWS[loaded.device.type],
             keeping_rows=KEEPING_ROWS[loaded.device.type],
         )

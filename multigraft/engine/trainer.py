@@ -13,6 +13,7 @@ import torch
 from multigraft.core.batch import TrainPart
 from multigraft.core.errors import MultigraftError
 from multigraft.engine.train_memory import TrainMemory
+from multigraft.engine.train_ranks import LeadTraining
 from multigraft.models.train_pass import TrainModel, TrainPass
 from multigraft.scheduling.training import TrainWork
 from multigraft.training.job import Event, Stage, TrainingJob
@@ -52,6 +53,8 @@ class Trainer:
         self.model = model
         self.memory = memory
         self.rides = rides
+        self.lead: LeadTraining | None = None
+        """Of a tensor-parallel engine, on rank 0."""
         self._entries: dict[str, _Entry] = {}
         self._pass: TrainPass | None = None
         self._suspects: list[str] = []
@@ -72,6 +75,8 @@ class Trainer:
         if job.stage is Stage.DONE:  # it was stopped between its last event and its end
             left.set_result(None)
             return
+        if self.lead is not None:
+            self.lead.join(job)
         service = min((e.service for e in self._entries.values()), default=0.0)
         self._entries[job.id] = _Entry(job, weight, on_event, left, service)
 
@@ -86,11 +91,15 @@ class Trainer:
     def stop_all(self) -> None:
         """The engine ends."""
         self._pass = None
+        if self.lead is not None:
+            self.lead.close()
         for entry in list(self._entries.values()):
             self._let_go(entry)
 
     def _let_go(self, entry: _Entry, error: Exception | None = None) -> None:
         del self._entries[entry.job.id]
+        if self.lead is not None:
+            self.lead.leave(entry.job)
         if error is not None:
             entry.left.set_exception(error)
             return
@@ -126,6 +135,8 @@ class Trainer:
                 p.forward(part.forward)
             p.backward(part.backward)
         except Exception as error:
+            if self.lead is not None:
+                self.lead.settle(error)
             self.abandon(error)
             return
         if p.finished:
@@ -182,9 +193,12 @@ class Trainer:
             served[entry.job.id] += m.num_tokens / entry.weight
         if not chosen:
             return None
+        make = TrainPass if self.lead is None else self.lead.make_pass
         try:
-            return TrainPass(self.model, chosen, keep=self.memory.keeps(rows))
+            return make(self.model, chosen, keep=self.memory.keeps(rows))
         except Exception as error:
+            if self.lead is not None:
+                self.lead.settle(error)
             self._take_back(chosen, error, kept=False)
             return None
 

@@ -30,8 +30,8 @@ from multigraft.engine.ranks import (
     meet_torchrun,
     receive_part,
     torchrun_rank,
-    without_training,
 )
+from multigraft.engine.train_ranks import FollowedTraining
 from multigraft.models.parallel import Group
 from multigraft.models.runner import LateTokens
 
@@ -51,11 +51,19 @@ def run(config: EngineConfig, store: dist.Store, rank: int) -> None:
         store.set(f"error/{rank}", e.message.encode())
         raise
     store.set(f"ready/{rank}", b"")
-    _follow(parts, group, transfers)
+    training = FollowedTraining(
+        parts.trainer.model,
+        parts.sites,
+        group,
+        store,
+        max_rank=config.adapters.max_lora_rank,
+        dtype=parts.loaded.dtype,
+    )
+    _follow(parts, group, transfers, training)
     dist.destroy_process_group()
 
 
-def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup) -> None:
+def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, training: FollowedTraining) -> None:
     arrived: queue.Queue[tuple[int, PackedAdapter] | RuntimeError] = queue.Queue()
     loaded = parts.loaded
 
@@ -77,7 +85,8 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup) -> Non
             if num_late:
                 late = LateTokens(torch.empty(num_late, dtype=torch.int64, device=loaded.device), rows)
                 group.broadcast_(late.tokens)
-            parts.runner.execute(batch, late)
+            parts.runner.execute(batch, late, training.riding)
+            training.riding = None
         elif kind == wire.LOAD:
             # Rank 0 sends the parts in the order in which it says LOAD, and says it when they have left.
             part = arrived.get()
@@ -88,6 +97,8 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup) -> Non
             parts.bank.load(slot, packed).join()
         elif kind == wire.UNLOAD:
             parts.bank.unload(int(message[1]))
+        elif kind >= wire.JOIN:
+            training.hear(message)
         else:
             receiver.join()
             return
@@ -110,7 +121,7 @@ def run_under_torchrun(config: EngineConfig) -> None:
     """As one of the ranks, other than 0, that torchrun started with the same command line as rank 0."""
     rank = torchrun_rank()
     assert rank
-    _run_or_exit(without_training(config), meet_torchrun(config.parallel.tensor_parallel_size), rank)
+    _run_or_exit(config, meet_torchrun(config.parallel.tensor_parallel_size), rank)
 
 
 def _end_with_parent() -> None:

@@ -27,21 +27,23 @@ def forward(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | N
 
 
 def backward(
-    d: Factors, g: torch.Tensor, x: torch.Tensor, h: torch.Tensor, f: Factors, mask: torch.Tensor | None = None
+    d: Factors | None, g: torch.Tensor, x: torch.Tensor, h: torch.Tensor, f: Factors, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """d_x (rows, in) for the gradient g (rows, sum(out)) of the adapter's output; adds the factors' gradients to d.
 
-    x, h, f, mask: as in `forward`. d: float32, laid out as f.
+    x, h, f, mask: as in `forward`. d: float32, laid out as f; None: they are not wanted.
     """
     u = torch.empty_like(h)
-    for (ranks, cols, scale, b), (_, _, _, d_b) in zip(f.members(), d.members(), strict=True):
+    for ranks, cols, scale, b in f.members():
         u[:, ranks] = torch.mm(g[:, cols], b.T) * scale
-        d_b.add_(_product(h[:, ranks].T, g[:, cols]), alpha=scale)
     if mask is not None:
         u *= mask
-    d.a.add_(_product(u.T, x))
-    if d.c is not None:
-        d.c.add_(u.sum(0, dtype=torch.float32))
+    if d is not None:
+        for ranks, cols, scale, d_b in d.members():
+            d_b.add_(_product(h[:, ranks].T, g[:, cols]), alpha=scale)
+        d.a.add_(_product(u.T, x))
+        if d.c is not None:
+            d.c.add_(u.sum(0, dtype=torch.float32))
     return u @ f.a
 
 

@@ -214,7 +214,10 @@ class GraftedEmbedding(nn.Module):
         return self.base.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base(ids)
+        return self.adapted(self.base(ids), ids)
+
+    def adapted(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The base model's output y for the ids with what the adapters add."""
         grafts = self.point.grafts
         if not (grafts.active or grafts.train.active):
             return y

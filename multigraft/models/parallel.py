@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from multigraft.adapters.site import Exchange, Range, Shard, Site, SiteKind
 from multigraft.core.config import LoraSharding
 from multigraft.core.errors import ModelNotSupported
 from multigraft.kernels import handles
+
+if TYPE_CHECKING:
+    from multigraft.models.graft import GraftedEmbedding
+    from multigraft.models.train_rows import TrainContext
 
 BY_OUTPUTS, BY_INPUTS = "colwise", "rowwise"
 WHOLE = ("colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce", "embedding_rowwise")
@@ -46,6 +51,10 @@ class Group:
         """Of tensors on the device; what the host tells the other ranks is not among them."""
         self.handle = handles.register(self)
 
+    @property
+    def num_calls(self) -> int:
+        return sum(calls for calls, _ in self.counts.values())
+
     def all_reduce_(self, x: torch.Tensor) -> None:
         """Add up over the ranks, in place."""
         if torch.compiler.is_compiling():
@@ -60,6 +69,11 @@ class Group:
         self._count_one("all_gather", out)
         _all_gather(out.flatten(0, 1), x.contiguous())
         return out
+
+    def reduce_(self, x: torch.Tensor) -> None:
+        """Add up over the ranks, in place, on rank 0; elsewhere x is spent."""
+        self._count_one("reduce", x)
+        dist.reduce(x, 0)
 
     def broadcast_(self, x: torch.Tensor) -> None:
         """Overwrite x with rank 0's."""
@@ -207,36 +221,56 @@ class Split:
         narrow = sharding in ("auto", "block-diagonal")
         return replace(site, shard=Shard(inputs, outputs, whole_in, whole_out, narrow, exchange))
 
-    def connect(self, model: PreTrainedModel, group: Group) -> None:
-        """Put the collectives after the split modules of a model whose adapters are grafted on."""
+    def connect(self, model: PreTrainedModel, group: Group, train: TrainContext) -> None:
+        """Put the collectives after the split modules of a model whose adapters are grafted on.
+
+        Linears with training rows add up by themselves, in an operation that has a backward; their head's logits stay
+        apart.
+        """
+        train.group = group
+
+        def gather(_: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
+            return y if train.active else _gather(group, y)[..., : self.vocab_size]
+
+        def add_up(_: nn.Module, args: object, y: torch.Tensor) -> None:
+            if not train.active:
+                group.all_reduce_(y)
+
         for path, cut in self.cuts.items():
             module = model.get_submodule(path)
             if path == self.embedding:
-                model.set_submodule(path, _Embedding(module, cut, group))
+                model.set_submodule(path, _Embedding(module, cut, group, train))
             elif path == self.head:
-                module.register_forward_hook(lambda _, args, y: _gather(group, y)[..., : self.vocab_size])
+                module.register_forward_hook(gather)
             elif cut.by_inputs:
-                module.register_forward_hook(lambda _, args, y: group.all_reduce_(y))
+                module.register_forward_hook(add_up)
 
 
 class _Embedding(nn.Module):
     """A token embedding of which each rank has some of the vocabulary."""
 
-    def __init__(self, own: nn.Module, cut: Cut, group: Group):
+    def __init__(self, own: GraftedEmbedding, cut: Cut, group: Group, train: TrainContext):
         super().__init__()
         self.own = own
         self.first, self.stop = cut.range(group.rank)
         self.group = group
+        self.train_context = train
 
     @property
     def weight(self) -> torch.Tensor:
         return self.own.weight
 
+    @property
+    def scale(self) -> torch.Tensor | None:
+        return self.own.scale
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         foreign = (ids < self.first) | (ids >= self.stop)
-        y = self.own((ids - self.first).masked_fill_(foreign, 0)).masked_fill_(foreign[..., None], 0)
+        training = self.train_context.active
+        own = self.own.base if training else self.own
+        y = own((ids - self.first).masked_fill_(foreign, 0)).masked_fill_(foreign[..., None], 0)
         self.group.all_reduce_(y)
-        return y
+        return self.own.adapted(y, ids) if training else y
 
 
 def _gather(group: Group, y: torch.Tensor) -> torch.Tensor:

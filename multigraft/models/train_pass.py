@@ -20,6 +20,7 @@ from torch import nn
 from multigraft.adapters.site import SiteKind
 from multigraft.core.region import Ranges
 from multigraft.models.graft import Grafts
+from multigraft.models.train_head import Vocabulary
 from multigraft.models.train_rows import Stretch, TrainRows
 from multigraft.training.microbatch import Microbatch, PassResult, Sample
 
@@ -34,6 +35,8 @@ class TrainModel:
         self.model = model
         self.grafts = grafts
         self.context = grafts.train
+        self.group = grafts.train.group
+        self.vocabulary = Vocabulary.of(model, grafts.train.sites, self.group)
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         self.layers: list[nn.Module] = list(self.decoder.layers)  # type: ignore[arg-type]
         self.device = next(model.parameters()).device
@@ -97,6 +100,7 @@ class TrainPass:
             num=ends[-1],
             lengths=tuple(len(s.tokens) for m in self.microbatches for s in m.samples),
             stretches=tuple(s for s in self._stretches if s is not None),
+            lead=model.group is None or model.group.rank == 0,
         )
         self.num_layers = len(model.layers)
         self.forward_done = 0
@@ -206,17 +210,24 @@ class TrainPass:
         logps = torch.zeros(len(targets.ids), device=self.model.device)
         coefficients = None
         if self.grad and not objective.two_pass:
-            coefficients = torch.cat(objective(targets.split(logps))[1]) if len(logps) else logps
+            coefficients = self._agreed(objective(targets.split(logps))[1]) if len(logps) else logps
         correct = torch.zeros((), dtype=torch.int64, device=self.model.device)
         for part in targets.parts():
             logps[part], right = self._score(stretch, targets, part, coefficients)
             correct += right
         loss, gradient = objective(targets.split(logps)) if len(logps) else (logps.sum(), [])
         if self.grad and objective.two_pass and len(logps):
-            coefficients = torch.cat(gradient)
+            coefficients = self._agreed(gradient)
             for part in targets.parts():
                 self._score(stretch, targets, part, coefficients)
         return PassResult(loss=loss, logps=targets.split(logps), num_correct=correct, num_trained=len(targets.ids))
+
+    def _agreed(self, gradient: list[torch.Tensor]) -> torch.Tensor:
+        """The loss's gradient by the log-probabilities, (targets,): rank 0's, whose objectives alone know it."""
+        coefficients = torch.cat(gradient)
+        if self.model.group is not None:
+            self.model.group.broadcast_(coefficients)
+        return coefficients
 
     def _score(
         self, stretch: Stretch | None, targets: _Targets, part: slice, coefficients: torch.Tensor | None
@@ -224,26 +235,31 @@ class TrainPass:
         """Log-probabilities of the targets in `part`, and how many are the likeliest token; with coefficients, the
         gradient of sum(coefficients * log-probabilities) goes to the rows' hidden states and the head's adapters."""
         rows, ids = targets.rows[part], targets.ids[part]
-        h = self._hidden[:, rows]
+        h, vocabulary = self._hidden[:, rows], self.model.vocabulary
         grad = coefficients is not None
-        with torch.set_grad_enabled(grad), self.model.context.of(_at_head(stretch, rows, grad)):
+        with torch.set_grad_enabled(grad), self.model.context.of(self._at_head(stretch, rows, grad)):
             h.requires_grad_(grad)
-            logits = self._logits(h)
+            logits = vocabulary.trim(self._logits(h))
             wide = logits.detach().float()
-            lse = wide.logsumexp(-1)
-            logps = wide.gather(1, ids[:, None])[:, 0] - lse
-            correct = (wide.argmax(-1) == ids).sum()
+            logps, lse, best = vocabulary.score(wide, ids)
+            correct = (best == ids).sum()
             if grad:
-                # d/d logits of c * log softmax(logits)[id]
-                c = coefficients[part, None]  # type: ignore[index]
-                d = wide.sub_(lse[:, None]).exp_().mul_(-c)
-                d.scatter_add_(1, ids[:, None], c)
+                d = vocabulary.gradient_(wide, ids, lse, coefficients[part])  # type: ignore[index]
                 torch.autograd.backward(logits, d.to(logits.dtype))
                 self._gradient[:, rows] += h.grad  # type: ignore[index]
         return logps, correct
 
+    def _at_head(self, stretch: Stretch | None, rows: torch.Tensor, grad: bool) -> TrainRows:
+        """What acts at the output head, which sees some of a stretch's rows."""
+        stretches: tuple[Stretch, ...] = ()
+        if stretch is not None:
+            mask = None if stretch.mask is None else stretch.mask[rows - stretch.rows.start]
+            stretches = (replace(stretch, rows=slice(0, len(rows)), mask=mask),)
+        lengths = (len(rows),)
+        return TrainRows(num=len(rows), lengths=lengths, stretches=stretches, grad=grad, lead=self.rows.lead)
+
     def _logits(self, h: torch.Tensor) -> torch.Tensor:
-        """(rows, vocab) of hidden states (1, rows, hidden) through the model's own final norm and head."""
+        """(rows, this rank's logits) of hidden states (1, rows, hidden) through the model's own final norm and head."""
         model = self.model
         inject = [_Inject(layer, h if i == 0 else None) for i, layer in enumerate(model.layers)]
         positions = torch.zeros(1, h.shape[1], dtype=torch.int64, device=h.device)
@@ -347,15 +363,6 @@ class _Rider(_StandIn):
 
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor | None:
         return self.train_pass._run(self.index, (hidden, kwargs))
-
-
-def _at_head(stretch: Stretch | None, rows: torch.Tensor, grad: bool) -> TrainRows:
-    """What acts at the output head, which sees some of a stretch's rows."""
-    stretches: tuple[Stretch, ...] = ()
-    if stretch is not None:
-        mask = None if stretch.mask is None else stretch.mask[rows - stretch.rows.start]
-        stretches = (replace(stretch, rows=slice(0, len(rows)), mask=mask),)
-    return TrainRows(num=len(rows), lengths=(len(rows),), stretches=stretches, grad=grad)
 
 
 def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from multigraft.adapters.bank import factors_at
 from multigraft.adapters.site import Site, SiteBlock, SiteKind
 from multigraft.kernels import handles, train
+from multigraft.kernels.lora_gemm import Factors
+
+if TYPE_CHECKING:
+    from multigraft.models.parallel import Group
 
 MIX = 0x9E3779B97F4A7C15
 """Spreads neighbouring sites' seeds over all 63 bits (2^64 over the golden ratio)."""
@@ -46,17 +50,18 @@ class Stretch:
     seed: int | None
     """Of its dropout masks in this pass; None: nothing is dropped out."""
 
-    def dropout(self, site: int, like: torch.Tensor) -> torch.Tensor | None:
+    def dropout(self, site: Site, like: torch.Tensor) -> torch.Tensor | None:
         """What to multiply the adapter's input with, equal at each call of a pass; None without dropout.
 
-        Siblings share it; peft draws one for each module.
+        Siblings share it; peft draws one for each module. Every rank draws it for all inputs and takes its own.
         """
         p = self.adapter.dropout
         if p == 0.0 or self.seed is None:
             return None
-        generator = torch.Generator(like.device).manual_seed((self.seed + site * MIX) % 2**63)
-        kept = torch.rand(like.shape, generator=generator, device=like.device) >= p
-        return kept.to(like.dtype) / (1 - p)
+        generator = torch.Generator(like.device).manual_seed((self.seed + site.index * MIX) % 2**63)
+        own = site.whole
+        kept = torch.rand(len(like), own.whole_in, generator=generator, device=like.device) >= p
+        return kept[:, slice(*own.inputs)].to(like.dtype) / (1 - p)
 
 
 @dataclass(slots=True)
@@ -69,6 +74,8 @@ class TrainRows:
     stretches: tuple[Stretch, ...]
     grad: bool = True
     """Whether a backward pass follows this forward pass."""
+    lead: bool = True
+    """Whether this rank counts the gradients of factors at sites that no rank splits: all of them have the same."""
     ends: torch.Tensor | None = None
     """The sequences' bounds on the device, and each layer's log-sum-exps: kept here by models.train_attention."""
     log_sum_exps: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -79,11 +86,11 @@ class TrainRows:
         """y (rows, sum(out)) += the adapters' outputs for x (rows, in; ids (rows,) at an embedding), in place; y may
         be x."""
         for s, block in self._acting(site):
-            f, rows = factors_at(s.adapter.block, block, site), x[s.rows]
+            f, rows = own_factors(s.adapter.block, block, site), x[s.rows]
             if site.kind is SiteKind.EMBEDDING:
                 h = train.embedding_forward(y[s.rows], rows, f, s.mask)
             else:
-                dropout = s.dropout(site.index, rows)
+                dropout = s.dropout(site, rows)
                 h = train.forward(y[s.rows], rows if dropout is None else rows * dropout, f, s.mask)
             if self.grad:
                 self._hidden[site.index, s.rows.start] = h
@@ -93,13 +100,16 @@ class TrainRows:
 
         d_x: None at an embedding.
         """
+        counted = self.lead or site.shard is not None
         for s, block in self._acting(site):
-            f, d = (factors_at(t, block, site) for t in (s.adapter.block, s.adapter.block_grad))
+            f = own_factors(s.adapter.block, block, site)
+            d = own_factors(s.adapter.block_grad, block, site) if counted else None
             h, rows = self._hidden.pop((site.index, s.rows.start)), x[s.rows]
             if d_x is None:
-                train.embedding_backward(d, g[s.rows], rows, h, f, s.mask)
+                if d is not None:
+                    train.embedding_backward(d, g[s.rows], rows, h, f, s.mask)
                 continue
-            dropout = s.dropout(site.index, rows)
+            dropout = s.dropout(site, rows)
             part = train.backward(d, g[s.rows], rows if dropout is None else rows * dropout, h, f, s.mask)
             d_x[s.rows] += part if dropout is None else part * dropout
 
@@ -110,11 +120,23 @@ class TrainRows:
                 yield s, block
 
 
+def own_factors(flat: torch.Tensor, block: SiteBlock, site: Site) -> Factors:
+    """Views of what this rank multiplies, where the whole adapter lies in `flat`."""
+    f = factors_at(flat, block, site.unsplit)
+    if site.shard is None:
+        return f
+    b = tuple(own[:, slice(*columns)] for own, columns in zip(f.b, site.shard.outputs, strict=True))
+    return replace(f, a=f.a[:, slice(*site.shard.inputs)], b=b)
+
+
 @dataclass(slots=True)
 class TrainContext:
     """What the model's parts look at to learn of training rows; one an engine."""
 
     sites: Sequence[Site]
+    """As training sees them: adapters act on the whole embedding, after the ranks have added it up."""
+    group: Group | None = None
+    """The ranks of a tensor-parallel engine; they run the same passes."""
     linears: dict[int, Linear] = field(default_factory=dict)
     """By site."""
     rows: TrainRows | None = None
@@ -122,6 +144,9 @@ class TrainContext:
     """rows is not None, as a plain flag that a compiled layer can guard."""
     residual: bool = False
     """Whether an adapter of the training rows acts on the residual stream."""
+
+    def __post_init__(self) -> None:
+        self.sites = [site.unsplit if site.kind is SiteKind.EMBEDDING else site for site in self.sites]
 
     @contextmanager
     def of(self, rows: TrainRows) -> Iterator[None]:
@@ -168,10 +193,13 @@ def trained_linear(x: torch.Tensor, out: int, handle: int, site: torch.Tensor) -
     rows = context.rows
     assert rows is not None
     y = context.linears[index].base(x)
-    rows.add(context.sites[index], y[: rows.num], x[: rows.num])
+    where = context.sites[index]
+    rows.add(where, y[: rows.num], x[: rows.num])
     if grafts.active and len(x) > rows.num:
         with torch.inference_mode():
             grafts.add(index, y[rows.num :], x[rows.num :])
+    if context.group is not None and where.shard is not None and where.shard.by_inputs:
+        context.group.all_reduce_(y)
     return y
 
 
@@ -185,9 +213,11 @@ def _linear_backward(g: torch.Tensor, x: torch.Tensor, handle: int, site: torch.
     context: TrainContext = handles.lookup(handle).train
     index, rows = int(site), context.rows
     assert rows is not None
-    n = rows.num
+    n, where = rows.num, context.sites[index]
     d = context.linears[index].base_backward(g[:n])
-    rows.add_backward(context.sites[index], d, g[:n], x[:n])
+    rows.add_backward(where, d, g[:n], x[:n])
+    if context.group is not None and where.shard is not None and not where.shard.by_inputs:
+        context.group.all_reduce_(d)  # the input is the same on all ranks, and each has a part of its consumers
     return padded(d, len(x))
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -99,8 +99,60 @@ class AdapterDesign:
         return dense if piece.blocks == 1 else diagonal(dense, piece.blocks)
 
 
-class TrainableAdapter:
-    """A job's adapter. The forward pass reads `block`; its backward pass adds to `block_grad`.
+class AdapterBlock:
+    """What passes need of an adapter: they read `block`, and their backward passes add to `block_grad`."""
+
+    def __init__(self, design: AdapterDesign, *, dtype: torch.dtype, device: torch.device | str):
+        """Zeros. dtype: the block's."""
+        self.design = design
+        numel = design.plan.numel
+        self.block = torch.zeros(numel, dtype=dtype, device=device)
+        self.block_grad = torch.zeros(numel, dtype=torch.float32, device=device)
+        """(numel,) d loss / d block, accumulated."""
+
+    @property
+    def region(self) -> Region:
+        return self.design.region
+
+    @property
+    def scope(self) -> Scope:
+        return self.design.scope
+
+    @property
+    def dropout(self) -> float:
+        return self.design.dropout
+
+    @property
+    def sites(self) -> dict[int, SiteBlock]:
+        return self.design.plan.sites
+
+    def adapted(self, sample: Sample) -> Ranges:
+        """The sample's positions on which the adapter acts: those of a request with its prompt."""
+        return self.region.ranges(sample.tokens[: sample.prompt_len], len(sample.tokens), self.scope)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.block_grad.zero_()
+
+
+class Replicas(Protocol):
+    """The same adapter's blocks on the other ranks of a tensor-parallel engine, which run the same passes."""
+
+    def add_gradients(self, block_grad: torch.Tensor) -> None:
+        """Add theirs to it."""
+        ...
+
+    def update(self, block: torch.Tensor) -> None:
+        """Give them this block."""
+        ...
+
+    def clear(self) -> None:
+        """Forget their gradients."""
+        ...
+
+
+class TrainableAdapter(AdapterBlock):
+    """A job's adapter.
 
     parameters: (numel,) float32, what the optimizer changes, laid out as the block. The block is made from it by
     `sync`: cast to the block's type, with two exceptions, both of ReFT. What lies beside the blocks of a block-diagonal
@@ -115,12 +167,11 @@ class TrainableAdapter:
 
     def __init__(self, design: AdapterDesign, *, dtype: torch.dtype, device: torch.device | str):
         """Zeros; `new` and `load` fill it. dtype: the block's."""
-        self.design = design
+        super().__init__(design, dtype=dtype, device=device)
         numel = design.plan.numel
         self.parameters = torch.zeros(numel, dtype=torch.float32, device=device)
-        self.block = torch.zeros(numel, dtype=dtype, device=device)
-        self.block_grad = torch.zeros(numel, dtype=torch.float32, device=device)
-        """(numel,) d loss / d block, accumulated; the job zeroes it."""
+        self.replicas: Replicas | None = None
+        """While other ranks run its passes, too."""
         self._rows: Tensors = {}
         """The orthonormal matrices, by name."""
 
@@ -172,29 +223,9 @@ class TrainableAdapter:
         return adapter
 
     @property
-    def region(self) -> Region:
-        return self.design.region
-
-    @property
-    def scope(self) -> Scope:
-        return self.design.scope
-
-    @property
-    def dropout(self) -> float:
-        return self.design.dropout
-
-    @property
-    def sites(self) -> dict[int, SiteBlock]:
-        return self.design.plan.sites
-
-    @property
     def tensors(self) -> Tensors:
         """What PEFT's file holds, float32 on the device; `AdapterDesign.views` that the next `sync` changes."""
         return self.design.views(self.parameters) | self._rows
-
-    def adapted(self, sample: Sample) -> Ranges:
-        """The sample's positions on which the adapter acts: those of a request with its prompt."""
-        return self.region.ranges(sample.tokens[: sample.prompt_len], len(sample.tokens), self.scope)
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set all tensors, by PEFT's names."""
@@ -214,9 +245,13 @@ class TrainableAdapter:
             targets, minuends, keys = zip(*self._differences, strict=True)
             tensors = self.tensors
             torch._foreach_copy_(targets, torch._foreach_sub(minuends, [tensors[key] for key in keys]))
+        if self.replicas is not None:
+            self.replicas.update(self.block)
 
     def collect(self) -> torch.Tensor:
         """Turn block_grad in place into the gradient of `parameters`, and return it. No host sync."""
+        if self.replicas is not None:
+            self.replicas.add_gradients(self.block_grad)
         if self._mask is not None:
             self.block_grad.mul_(self._mask)
         if self._difference_grads:
@@ -229,6 +264,11 @@ class TrainableAdapter:
             (grads,) = torch.autograd.grad(rows, free, torch.stack(self._free_grads))
             torch._foreach_copy_(self._free_grads, grads.unbind())
         return self.block_grad
+
+    def clear(self) -> None:
+        super().clear()
+        if self.replicas is not None:
+            self.replicas.clear()
 
     def export(self) -> Tensors:
         """A copy of the tensors in host memory, which another thread may save."""

@@ -184,7 +184,7 @@ class TrainingJob:
         """Forget what has been done of the current step or validation, to do it again from its beginning."""
         self._flight: deque[tuple[_Part, Microbatch]] = deque()
         self._totals = _Totals()
-        self.adapter.block_grad.zero_()
+        self.adapter.clear()
         self._plan = deque(self._parts()) if self.stage in self._data else deque()
 
     def _parts(self) -> list[_Part]:

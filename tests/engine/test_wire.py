@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.region import PromptEnds
 from multigraft.core.request import PENDING, AdapterRef, Request, SamplingParams
-from multigraft.engine.wire import decode, encode
+from multigraft.engine.wire import decode, decode_join, decode_pass, encode, encode_join, encode_pass
+from multigraft.training.microbatch import Microbatch, Sample
 
 
 def test_round_trip() -> None:
@@ -42,3 +45,28 @@ def test_round_trip() -> None:
         assert scored[0] == scored[1]
         if want.slot is not None:
             assert list(got.segments()) == list(want.segments())
+
+
+def test_a_pass_and_a_job_come_through() -> None:
+    rng = random.Random(1)
+    microbatches = []
+    for i in range(5):
+        samples = []
+        for _ in range(1 + i):
+            n = rng.randint(2, 40)
+            weights = tuple(rng.choice((0.0, 0.5, 1.0)) for _ in range(n))
+            tokens = tuple(rng.randrange(2**18) for _ in range(n))
+            samples.append(Sample(tokens=tokens, weights=weights, prompt_len=rng.randint(1, n)))
+        objective = SimpleNamespace(two_pass=bool(i % 2))
+        seed = rng.randrange(2**48)
+        microbatches.append(
+            Microbatch(job_id=str(i), samples=tuple(samples), adapter=None, objective=objective, grad=True, seed=seed)
+        )
+    told, keep, grad = decode_pass(encode_pass(microbatches, [3, None, 0, 7, 3], keep=False))
+    assert (keep, grad) == (False, True)
+    assert [t.key for t in told] == [3, None, 0, 7, 3]
+    for got, want in zip(told, microbatches, strict=True):
+        assert (got.two_pass, got.seed) == (want.objective.two_pass, want.seed)
+        assert got.samples == tuple(replace(s, weights=tuple(float(w > 0) for w in s.weights)) for s in want.samples)
+    config = {"r": 8, "target_modules": ["größe"], "use_bdlora": {"nblocks": 2}}
+    assert decode_join(encode_join(5, config)) == (5, config)
