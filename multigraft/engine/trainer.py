@@ -90,8 +90,6 @@ class Trainer:
     def stop_all(self) -> None:
         """The engine ends."""
         self._pass = None
-        if self.lead is not None:
-            self.lead.close()
         for entry in list(self._entries.values()):
             self._let_go(entry)
 
