@@ -220,7 +220,7 @@ def test_a_pass_keeps_no_more_than_planned(llama: World, size: int, lent_ranks: 
             done.forward(3)
         done.backward(4)
         planned = trainer.memory.plain_bytes + trainer.memory.input_bytes
-        assert 0.6 * planned < sum(saved.values()) / 100 / 3 <= planned, (sum(saved.values()) / 300, planned)
+        assert 0.4 * planned < sum(saved.values()) / 300 <= planned, (sum(saved.values()) / 300, planned)
 
 
 def test_a_job_that_fails_on_all_ranks_fails_alone(
