@@ -55,7 +55,6 @@ class Ranks:
         self._lost_event = threading.Event()
         self._closing = False
         self._in_step = True
-        """Whether the other ranks listen when told something."""
         self._told_of_loss: Callable[[RankLost], None] | None = None
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         if torchrun_rank() is not None:
@@ -145,6 +144,11 @@ class Ranks:
             tell(self._lost)
 
     @property
+    def listening(self) -> bool:
+        """Whether the other ranks would hear what they are told."""
+        return self._lost is None and self._in_step
+
+    @property
     def lost(self) -> RankLost | None:
         """What happened to a rank that has ended."""
         return self._lost
@@ -164,7 +168,7 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
-        listening = self._lost is None and self._in_step
+        listening = self.listening
         if listening:
             with contextlib.suppress(RuntimeError):  # they may have ended by themselves
                 self.tell(np.array([wire.STOP], dtype=np.int32))

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from multigraft.adapters.site import Site
 from multigraft.core.errors import RankLost
 from multigraft.engine import wire
 from multigraft.engine.ranks import Ranks
@@ -29,9 +29,12 @@ from multigraft.training.adapter import AdapterBlock, AdapterDesign
 from multigraft.training.job import TrainingJob
 from multigraft.training.microbatch import Microbatch
 
+if TYPE_CHECKING:
+    from multigraft.engine.parts import RankParts
+
 log = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 4
+SETTLE_SECONDS = 3
 """For all ranks to have failed with a pass; a rank that fails alone ends the engine."""
 
 
@@ -40,7 +43,6 @@ class LeadTraining:
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        self._closed = False
         self._keys: dict[str, int] = {}
         """By job."""
         self._count = itertools.count()
@@ -49,9 +51,9 @@ class LeadTraining:
     def join(self, job: TrainingJob) -> None:
         """Let the other ranks have the job's block, from now on always as it is here."""
         key = self._keys[job.id] = next(self._count)
-        self._tell(wire.encode_join(key, job.adapter.design.config))
         job.adapter.replicas = _Replicas(self, key)
-        job.adapter.replicas.update(job.adapter.block)
+        if self._tell(wire.encode_join(key, job.adapter.design.config)):
+            job.adapter.replicas.update(job.adapter.block)
 
     def leave(self, job: TrainingJob) -> None:
         job.adapter.replicas = None
@@ -80,16 +82,15 @@ class LeadTraining:
             raise RankLost(f"A training pass failed on all ranks, after {places} collectives: {error}") from error
         store.set(_settled(self._num_passes), b"")
 
-    def close(self) -> None:
-        """The engine ends: the other ranks listen no more, or will be told."""
-        self._closed = True
+    def tell(self, kind: int, number: int) -> bool:
+        """False: the engine has lost the other ranks and ends."""
+        return self._tell(np.array([kind, number], dtype=np.int32))
 
-    def tell(self, kind: int, number: int) -> None:
-        self._tell(np.array([kind, number], dtype=np.int32))
-
-    def _tell(self, message: np.ndarray) -> None:
-        if not self._closed:
+    def _tell(self, message: np.ndarray) -> bool:
+        listening = self._ranks.listening
+        if listening:
             self._ranks.tell(message)
+        return listening
 
     @property
     def group(self) -> Group:
@@ -104,12 +105,12 @@ class _Replicas:
     key: int
 
     def add_gradients(self, block_grad: torch.Tensor) -> None:
-        self.lead.tell(wire.GATHER, self.key)
-        self.lead.group.reduce_(block_grad)
+        if self.lead.tell(wire.GATHER, self.key):
+            self.lead.group.reduce_(block_grad)
 
     def update(self, block: torch.Tensor) -> None:
-        self.lead.tell(wire.UPDATE, self.key)
-        self.lead.group.broadcast_(block)
+        if self.lead.tell(wire.UPDATE, self.key):
+            self.lead.group.broadcast_(block)
 
     def clear(self) -> None:
         self.lead.tell(wire.CLEAR, self.key)
@@ -138,17 +139,14 @@ class _LedPass(TrainPass):
 class FollowedTraining:
     """The side of a rank other than 0."""
 
-    def __init__(
-        self, model: TrainModel, sites: Sequence[Site], group: Group, store: dist.Store, *, max_rank: int,
-        dtype: torch.dtype,
-    ):  # fmt: skip
-        """sites: this rank's. max_rank, dtype: of adapters."""
+    def __init__(self, parts: RankParts, group: Group, store: dist.Store, *, max_rank: int):
+        """store: the one that the ranks met at. max_rank: of adapters."""
         self.riding: AbstractContextManager[None] | None = None
         """What the next step is to run in; whoever runs it sets None again."""
-        self._model = model
-        self._sites = [site.unsplit for site in sites]
+        self._model, self._dtype = parts.trainer.model, parts.loaded.dtype
+        self._sites = [site.unsplit for site in parts.sites]
         self._group, self._store = group, store
-        self._max_rank, self._dtype = max_rank, dtype
+        self._max_rank = max_rank
         self._blocks: dict[int, AdapterBlock] = {}
         """By key."""
         self._pass: TrainPass | None = None

@@ -75,10 +75,10 @@ class Trainer:
         if job.stage is Stage.DONE:  # it was stopped between its last event and its end
             left.set_result(None)
             return
-        if self.lead is not None:
-            self.lead.join(job)
         service = min((e.service for e in self._entries.values()), default=0.0)
         self._entries[job.id] = _Entry(job, weight, on_event, left, service)
+        if self.lead is not None:
+            self.lead.join(job)
 
     def stop(self, job_id: str) -> None:
         """Let a job go as soon as no pass has rows of it. Does nothing when it is not here."""
@@ -91,8 +91,6 @@ class Trainer:
     def stop_all(self) -> None:
         """The engine ends."""
         self._pass = None
-        if self.lead is not None:
-            self.lead.close()
         for entry in list(self._entries.values()):
             self._let_go(entry)
 

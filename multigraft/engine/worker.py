@@ -51,14 +51,7 @@ def run(config: EngineConfig, store: dist.Store, rank: int) -> None:
         store.set(f"error/{rank}", e.message.encode())
         raise
     store.set(f"ready/{rank}", b"")
-    training = FollowedTraining(
-        parts.trainer.model,
-        parts.sites,
-        group,
-        store,
-        max_rank=config.adapters.max_lora_rank,
-        dtype=parts.loaded.dtype,
-    )
+    training = FollowedTraining(parts, group, store, max_rank=config.adapters.max_lora_rank)
     _follow(parts, group, transfers, training)
     dist.destroy_process_group()
 

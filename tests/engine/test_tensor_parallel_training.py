@@ -16,13 +16,14 @@ import torch
 
 from multigraft import Engine, SamplingParams
 from multigraft.core.errors import RankLost
+from multigraft.models.train_pass import TrainPass
 from multigraft.training.adapter import AdapterDesign, TrainableAdapter
 from multigraft.training.dataset import Dataset
 from multigraft.training.job import Event, EventKind, Stage, TrainingJob
 from multigraft.training.spec import JobSpec
 from tests.engine.lent_ranks import lent_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, write_adapter
-from tests.models.train_cases import samples
+from tests.models.train_cases import microbatch, samples
 from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -195,6 +196,31 @@ def test_collectives_of_a_step(llama: World, lent_ranks: None) -> None:  # noqa:
                 "broadcast": (3, (targets + 2 * numel) * 4),  # the loss's gradient; the block, at first and after
                 "reduce": (1, numel * 4),
             }, name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_pass_keeps_no_more_than_planned(llama: World, size: int, lent_ranks: None) -> None:  # noqa: F811
+    """Activations of a rank, by what autograd saves."""
+    with llama.engine(size) as engine:
+        trainer = engine._engine.parts.trainer
+        batch = microbatch(None, samples(VOCAB, (60, 40), seed=1))
+        batch.grad = True
+        make = TrainPass if trainer.lead is None else trainer.lead.make_pass
+        done = make(trainer.model, [batch], keep=True)
+        own = {p.untyped_storage().data_ptr() for p in trainer.model.model.parameters()}
+        saved: dict[int, int] = {}
+
+        def save(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+            done.forward(3)
+        done.backward(4)
+        planned = trainer.memory.plain_bytes + trainer.memory.input_bytes
+        assert 0.4 * planned < sum(saved.values()) / 300 <= planned, (sum(saved.values()) / 300, planned)
 
 
 def test_a_job_that_fails_on_all_ranks_fails_alone(
