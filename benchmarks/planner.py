@@ -1,9 +1,9 @@
 """The planner's set-up against the best there is, on held-out workloads.
 
 By default the twin tries every set-up of a grid: how much of the best one's throughput do the search and the models
-reach, the latter alone and improved by the twin, and how long does it take? With --measure the real engine judges
-instead, in this process and with random adapters, on a small grid; the profile is of this machine, which should be
-quiet.
+reach, the latter alone and improved by the twin, and how long does it take? With --measure the real engine runs the
+set-ups of a small grid, in this process and with random adapters, and says how good the one is that the twin would
+choose of them; the profile is of this machine, which should be quiet.
 
     python -m benchmarks.planner [--profile FILE] [--workloads 6] [--save]
     python -m benchmarks.planner --measure MODEL_FOLDER --profile FILE --workloads 3 --duration 10 --output 20 [--save]
@@ -12,6 +12,8 @@ quiet.
 from __future__ import annotations
 
 import argparse
+import gc
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +105,8 @@ class Measured:
         finally:
             core.stop(30)
             parts.store.close()
+            del core, parts
+            gc.collect()  # before the next engine takes as much memory
 
 
 def warm_up(workload: Workload) -> Workload:
@@ -111,13 +115,19 @@ def warm_up(workload: Workload) -> Workload:
     return replace(workload, requests=requests, jobs=())
 
 
-def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, models: Models) -> dict[str, float | str]:
+def compare(
+    workload: Workload, profile: Profile, space: Space, judge: Judge, models: Models | None
+) -> dict[str, float | str]:
     start = time.perf_counter()
     everything = [judge(choice, workload) for choice in space.choices(workload, profile)]
     exhaustive_s = time.perf_counter() - start
     best = min(everything, key=lambda outcome: outcome.rank)
     start = time.perf_counter()
-    found = search(workload, profile, space).choice
+    if models is None:  # what was measured is what there is to choose from
+        tried = [try_out(outcome.choice, workload, profile) for outcome in everything]
+        found = min(tried, key=lambda outcome: outcome.rank).choice
+    else:
+        tried, found = [], search(workload, profile, space).choice
     search_s = time.perf_counter() - start
     row: dict[str, float | str] = {
         "workload": workload.name,
@@ -127,16 +137,19 @@ def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, mo
         "exhaustive_s": exhaustive_s,
         "search_s": search_s,
     }
+    if tried:
+        ratios = [t.report.throughput / m.report.throughput for t, m in zip(tried, everything, strict=True)]
+        row["twin_error"] = statistics.mean(abs(ratio - 1) for ratio in ratios)
+        row["same_verdict"] = sum(t.feasible == m.feasible for t, m in zip(tried, everything, strict=True))
     chosen: dict[str, Choice | None] = {"search": found}
-    start = time.perf_counter()
-    try:
-        chosen["models"] = models.advise(workload, profile, space).choice
-    except CapacityExceeded:
-        chosen["models"] = None
-    row["models_s"] = time.perf_counter() - start
-    alone = chosen["models"]
-    if alone:
-        chosen["confirmed"] = improved(try_out(alone, workload, profile), workload, profile, space).choice
+    if models is not None:
+        start = time.perf_counter()
+        try:
+            alone = chosen["models"] = models.advise(workload, profile, space).choice
+            row["models_s"] = time.perf_counter() - start
+            chosen["confirmed"] = improved(try_out(alone, workload, profile), workload, profile, space).choice
+        except CapacityExceeded:
+            chosen["models"] = None
     for name, choice in chosen.items():
         outcome = choice and judge(choice, workload)
         row[name] = outcome.report.throughput / best.report.throughput if outcome else 0.0
@@ -146,9 +159,10 @@ def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, mo
 
 
 def show(rows: Sequence[dict[str, float | str]]) -> None:
-    table = Table("workload", "set-ups", "feasible", "best tokens/s", "search", "models alone", "models, then the twin")
+    ways = [way for way in WAYS if way in rows[0]]
+    table = Table("workload", "set-ups", "feasible", "best tokens/s", *ways)
     for r in rows:
-        shares = [f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" for way in WAYS if way in r]
+        shares = [f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" for way in ways]
         table.add_row(str(r["workload"]), str(r["choices"]), str(r["feasible"]), f"{r['best']:.0f}", *shares)
     Console().print(table)
 
@@ -169,7 +183,7 @@ def main() -> None:
     profile = Profile.load(args.profile) if args.profile else cpu()
     space = grid(bool(args.measure))
     training = [held_out(seed, args.rate * (1 + seed / 4), args.duration, args.output) for seed in range(4)]
-    models = Models.fit(training, profile, examples=args.examples)
+    models = None if args.measure else Models.fit(training, profile, examples=args.examples)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         judge: Judge = lambda choice, workload: try_out(choice, workload, profile)  # noqa: E731
@@ -179,7 +193,8 @@ def main() -> None:
             workload = held_out(100 + k, args.rate * (1 + k / args.workloads), args.duration, args.output)
             rows.append(compare(workload, profile, space, judge, models))
     show(rows)
-    errors = {name: {"kind": f.kind, "mean_abs_error": round(f.error, 4)} for name, f in models.by_target.items()}
+    fitted = models.by_target.items() if models else ()
+    errors = {name: {"kind": f.kind, "mean_abs_error": round(f.error, 4)} for name, f in fitted}
     settings = {
         "profile": profile.model,
         "hardware": dict(profile.hardware),

@@ -242,11 +242,9 @@ def main() -> None:
             (twin, measured, model_error), disturbance = min(runs, key=itemgetter(1))
             pairs.append((twin, measured))
             rows.append(row(twin, measured, model_error) | {"runs": len(runs), "disturbance": disturbance})
-            print(
-                f"{workload.name}: {len(workload.requests)} requests, {len(runs)} runs of which the least disturbed "
-                f"{disturbance:.2f}, {time.monotonic() - begun:.0f} s",
-                flush=True,
-            )
+            errors = ", ".join(f"{m} {rows[-1][f'{m}_error']:+.1%}" for m in GOALS)
+            seconds = time.monotonic() - begun
+            print(f"{workload.name}: {errors}; {len(runs)} runs, {disturbance:.2f}, {seconds:.0f} s", flush=True)
         core.stop(30)
     show(rows)
     predicted, actual = (starvation(reports) for reports in zip(*pairs, strict=True))

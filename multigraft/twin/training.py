@@ -20,7 +20,8 @@ class _Pass:
 
 
 class Training:
-    """Jobs share a pass's rows, the least served job's microbatch going first; all weigh the same."""
+    """Jobs share a pass's rows, one microbatch of each, the least served job's first; all weigh the same. A job's next
+    microbatch waits for the optimizer step that ends with the one before."""
 
     def __init__(self, jobs: Sequence[TrainingJob], num_layers: int, max_rows: int):
         """max_rows: of one pass, as the memory for activations allows."""
@@ -62,9 +63,9 @@ class Training:
         rows, waiting = 0, set(self._left)
         while waiting:
             name = min(waiting, key=lambda n: (self._served[n], n))
+            waiting.remove(name)
             num = min(self._microbatch[name], self._left[name])
-            if not num or rows + num > self.max_rows:
-                waiting.remove(name)
+            if rows + num > self.max_rows:
                 continue
             rows += num
             self._left[name] -= num

@@ -10,6 +10,7 @@ from multigraft.core.config import SchedulerConfig
 from multigraft.twin.profile import LoadTimes
 from multigraft.twin.report import Quantiles, report
 from multigraft.twin.simulate import simulate
+from multigraft.twin.training import Training
 from multigraft.twin.workload import SLO, Adapter, Arrival, TrainingJob, Workload
 from tests.twin.made import PROFILES, poisson, profile
 
@@ -70,6 +71,16 @@ def test_training_takes_what_the_latency_target_leaves() -> None:
     assert both.train_tokens > 10_000
     assert report(both).itl.p50 > report(without).itl.p50
     assert report(both).itl.p99 < 0.2, "the target is 0.1 s"
+
+
+def test_a_pass_takes_one_microbatch_of_each_job() -> None:
+    jobs = (TrainingJob(name="a", tokens=300, microbatch=100), TrainingJob(name="b", tokens=50, microbatch=200))
+    training = Training(jobs, num_layers=2, max_rows=1024)
+    rows = []
+    while (work := training.work(0.0)) is not None:
+        rows.append(work.rows)
+        training.run(work.part(work.forward + work.backward))
+    assert rows == [150, 100, 100] and training.tokens == 350
 
 
 def test_report_counts_by_hand() -> None:
