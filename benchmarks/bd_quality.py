@@ -10,9 +10,8 @@ The sizes of SmolLM2's linears (576, 192 and 1,536) allow 2, 4 and 8 blocks in a
 it could not be served over so many ranks, and blocks cut through heads: this is about the method alone. Matched ranks
 are the multiples of N nearest to as many parameters.
 
-The jobs of a group run at once in one engine and share its passes. Each run is saved in --work as its group ends; a
-call does one group, and more until --seconds would be over, and the next call goes on. The last one draws, and ends in
-one JSON line.
+Each run is saved in --work as it ends; a call does one, and more until --seconds would be over, and the next call goes
+on. The last one draws, and ends in one JSON line.
 
     python -m benchmarks.bd_quality MODEL_FOLDER --train gsm8k_train.jsonl --test gsm8k_test.jsonl --work DIR --save
 """
@@ -105,24 +104,22 @@ class Study:
     def sweep(self) -> dict[float, Run]:
         return {rate: Run(1, self.args.rank, SWEEP_SEED, rate) for rate in self.args.rates}
 
-    def groups(self) -> Iterator[list[Run]]:
-        """What is left, group by group: the sweep, then all seeds of LoRA, of matched ranks, of equal ranks."""
+    def left(self) -> Iterator[Run]:
+        """The sweep, then LoRA, matched ranks and equal ranks, each with all seeds."""
         args, config = self.args, transformers.AutoConfig.from_pretrained(self.args.model)
-        if left := [run for run in self.sweep.values() if run not in self.done]:
-            yield left
+        yield from (run for run in self.sweep.values() if run not in self.done)
         assert self.rate is not None
         matched = [(n, matched_rank(config, args.rank, n)) for n in args.nblocks]
         for nblocks, rank in ((1, args.rank), *matched, *((n, args.rank) for n in args.equal)):
             runs = [Run(nblocks, rank, seed, self.rate) for seed in args.seeds]
-            if left := [run for run in runs if run not in self.done]:
-                yield left
+            yield from (run for run in runs if run not in self.done)
 
     async def go_on(self) -> bool:
         """Whether all is done; else the time is over."""
-        args, began, a_run = self.args, time.perf_counter(), 0.0
-        groups = self.groups()
-        first = next(groups, None)
-        if first is None:
+        args, began, seconds = self.args, time.perf_counter(), 0.0
+        left = self.left()
+        run = next(left, None)
+        if run is None:
             return True
         release_pool()
         engine = await AsyncEngine.start(
@@ -136,40 +133,34 @@ class Study:
         )
         training = EngineTraining(engine)
         try:
-            group: list[Run] | None = first
-            while group is not None:
+            while run is not None:
                 start = time.perf_counter()
-                if a_run and start - began + a_run * len(group) > args.seconds:
+                if seconds and start - began + seconds > args.seconds:
                     return False
-                await self._train(training, group)
-                a_run = (time.perf_counter() - start) / len(group)
-                group = next(groups, None)
+                await self._train(training, run)
+                seconds = time.perf_counter() - start
+                print(f"{run.name}, rank {run.rank}, seed {run.seed}: {seconds:.0f} s", flush=True)
+                run = next(left, None)
             return True
         finally:
             await engine.shutdown(0)
 
-    async def _train(self, training: EngineTraining, group: Sequence[Run]) -> None:
-        start, left, found = time.perf_counter(), [], {}
-        for run in group:
-            train = self._data(training, self.args.train, self.args.steps * self.args.batch, run.seed)
-            offset = self.args.held_out if run.seed == SWEEP_SEED else 0
-            valid = self._data(training, self.args.test, self.args.held_out, None, offset)
-            job = await off_loop(training.build, repr(run), run.spec(self.args), train, valid)
-            sizes = {"parameters": sum(t.numel() for t in job.adapter.tensors.values()), "tokens": train.num_tokens}
-            found[run] = asdict(run) | sizes
+    async def _train(self, training: EngineTraining, run: Run) -> None:
+        args = self.args
+        train = self._data(training, args.train, args.steps * args.batch, run.seed)
+        valid = self._data(training, args.test, args.held_out, None, args.held_out if run.seed == SWEEP_SEED else 0)
+        job = await off_loop(training.build, repr(run), run.spec(args), train, valid)
+        numbers = (t.numel() for t in job.adapter.tensors.values())
+        row = asdict(run) | {"parameters": sum(numbers), "tokens": train.num_tokens}
 
-            def note(event: Event, row: dict[str, Any] = found[run]) -> None:
-                row |= {k: event.data[v] for k, v in NAMES.items() if v in event.data}
-                row.setdefault("first_loss", event.data.get("train_loss"))  # of the model as it came
+        def note(event: Event) -> None:
+            row.update({k: event.data[v] for k, v in NAMES.items() if v in event.data})
+            row.setdefault("first_loss", event.data.get("train_loss"))  # of the model as it came
 
-            left.append(asyncio.wrap_future(training.start(job, 1.0, note)))
-        await asyncio.gather(*left)
-        seconds = time.perf_counter() - start
+        await asyncio.wrap_future(training.start(job, 1.0, note))
+        self.done[run] = row
         with self.file.open("a") as file:
-            for run, row in found.items():
-                self.done[run] = row | {"seconds": seconds / len(group)}
-                file.write(json.dumps(self.done[run]) + "\n")
-        print(f"{len(group)} of {group[0].name}, rank {group[0].rank}: {seconds:.0f} s", flush=True)
+            file.write(json.dumps(row) + "\n")
 
     def _data(self, training: EngineTraining, path: Path, num: int, seed: int | None, offset: int = 0) -> Dataset:
         """num samples that are short enough: drawn by the seed, or the file's from number `offset` on."""
