@@ -25,7 +25,7 @@ from multigraft.engine import wire
 from multigraft.engine.ranks import Ranks
 from multigraft.models.parallel import Group
 from multigraft.models.train_pass import TrainModel, TrainPass
-from multigraft.training.adapter import AdapterBlock, AdapterDesign
+from multigraft.training.adapter import AdapterBlock, AdapterDesign, TrainableAdapter
 from multigraft.training.job import TrainingJob
 from multigraft.training.microbatch import Microbatch
 
@@ -43,26 +43,27 @@ class LeadTraining:
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        self._keys: dict[str, int] = {}
-        """By job."""
+        self._keys: dict[AdapterBlock, int] = {}
         self._count = itertools.count()
         self._num_passes = 0
 
     def join(self, job: TrainingJob) -> None:
-        """Let the other ranks have the job's block, from now on always as it is here."""
-        key = self._keys[job.id] = next(self._count)
-        job.adapter.replicas = _Replicas(self, key)
-        if self._tell(wire.encode_join(key, job.adapter.design.config)):
-            job.adapter.replicas.update(job.adapter.block)
+        """Let the other ranks have the job's blocks, its own from now on always as it is here."""
+        for adapter in _adapters(job):
+            key = self._keys[adapter] = next(self._count)
+            adapter.replicas = _Replicas(self, key)
+            if self._tell(wire.encode_join(key, adapter.design.config)):
+                adapter.replicas.update(adapter.block)
 
     def leave(self, job: TrainingJob) -> None:
-        job.adapter.replicas = None
-        self.tell(wire.LEAVE, self._keys.pop(job.id))
+        for adapter in _adapters(job):
+            adapter.replicas = None
+            self.tell(wire.LEAVE, self._keys.pop(adapter))
 
     def make_pass(self, model: TrainModel, microbatches: Sequence[Microbatch], *, keep: bool) -> TrainPass:
         """A pass that the other ranks run, too, part for part."""
         self._num_passes += 1
-        keys = [None if m.adapter is None else self._keys[m.job_id] for m in microbatches]
+        keys = [None if m.adapter is None else self._keys[m.adapter] for m in microbatches]
         self._tell(wire.encode_pass(microbatches, keys, keep=keep))
         return _LedPass(self, model, microbatches, keep=keep)
 
@@ -221,6 +222,11 @@ class _Told:
 
     def __call__(self, logps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         return logps[0].new_zeros(()), [torch.zeros_like(p) for p in logps]
+
+
+def _adapters(job: TrainingJob) -> list[TrainableAdapter]:
+    """What its passes read: its own, and what dpo compares with if that is not the base model."""
+    return [job.adapter] if job.reference is None else [job.adapter, job.reference]
 
 
 def _failed(num_pass: int, rank: int) -> str:

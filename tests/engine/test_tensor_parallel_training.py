@@ -47,6 +47,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "dpo": {"kind": "dpo", "r": 4, **ENDS},
     "dpo-bdlora": {"kind": "dpo", "method": "bdlora", "r": 4, "scope": "prefill"},
     "dpo-loreft": {"kind": "dpo", "method": "loreft", "r": 2},
+    "dpo-from-an-adapter": {"kind": "dpo", "r": 4, "from": True},
 }
 
 
@@ -90,17 +91,27 @@ class World:
         self, engine: Engine, name: str, *, max_tokens: int = 64, bad_token: bool = False, **settings: Any
     ) -> Run:
         adapter = dict(JOBS[name])
-        kind, seed = adapter.pop("kind", "supervised"), list(JOBS).index(name)
+        kind, seed, goes_on = adapter.pop("kind", "supervised"), list(JOBS).index(name), adapter.pop("from", False)
         spec = JobSpec.parse(kind=kind, hyperparameters=SETTINGS | settings, adapter=adapter, seed=seed)
         data, valid = dataset(kind, seed), dataset(kind, seed + 50) if "dpo" in name else None
-        spec = spec.limit_length(64).resolve(len(data))
+        spec = spec.resolve(len(data), data.longest)
         if bad_token:
             data._tokens[10] = VOCAB + 1000
         core = engine._engine._core
         sites = [site.unsplit for site in core.parts.sites]
         design = AdapterDesign.new(spec.adapter, sites, base_model=None, max_rank=64)
-        trained = TrainableAdapter.new(spec.adapter, design, seed=seed, dtype=torch.float32, device="cpu")
-        job = TrainingJob(id=name, spec=spec, adapter=trained, train=data, validation=valid, max_tokens=max_tokens)
+        trained, other = (
+            TrainableAdapter.new(spec.adapter, design, seed=seed, dtype=torch.float32, device="cpu") for _ in range(2)
+        )
+        if goes_on:
+            generator = torch.Generator().manual_seed(seed)
+            weights = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in design.shapes.items()}
+            trained.fill(weights)
+            other.fill(weights)
+        job = TrainingJob(
+            id=name, spec=spec, adapter=trained, train=data, validation=valid, max_tokens=max_tokens,
+            reference=other if goes_on else None,
+        )  # fmt: skip
         run = Run(job)
         core.post(lambda: core.trainer.start(job, 1.0, run.events.append, run.left))
         return run
