@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import threading
 import time
@@ -12,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -23,20 +21,11 @@ from multigraft.core.request import AdapterRef
 from multigraft.kernels.openmp import compute_alone, release_pool
 
 from . import peft_files
+from .names import check_name
 from .peft_files import CONFIG, AdapterSpec
 from .site import PackedAdapter, Site
 
 log = logging.getLogger(__name__)
-
-MAX_NAME_LEN = 256
-
-
-class LoraModule(NamedTuple):
-    """An adapter as --lora-modules gives it."""
-
-    name: str
-    path: str
-    scope: Scope | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,44 +405,3 @@ def _shutting_down() -> ShuttingDown:
 
 def _not_found(name: str) -> ModelNotFound:
     return ModelNotFound(f"The model `{name}` does not exist.", param="model")
-
-
-def check_name(name: str, base_name: str) -> None:
-    """AdapterError unless the name can be a model's."""
-
-    def fail(want: str) -> None:
-        raise AdapterError(f"The adapter name {name[: MAX_NAME_LEN + 1]!r} {want}.", param="lora_name")
-
-    if not name or name != name.strip():
-        fail("must not be empty, nor begin or end with a space")
-    if len(name) > MAX_NAME_LEN:
-        fail(f"has {len(name)} characters, over the limit of {MAX_NAME_LEN}")
-    if not name.isprintable():
-        fail("must not hold control characters")
-    if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        fail("must not look like a path: no leading, trailing or double slash, no backslash, no '.' or '..' part")
-    if name == base_name:
-        fail("is the base model's")
-
-
-def parse_lora_module(text: str) -> LoraModule:
-    """One value of --lora-modules: name=path, or JSON with name, path and, if wanted, scope and base_model_name."""
-    if not text.lstrip().startswith("{"):
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise AdapterError(f"--lora-modules needs name=path or a JSON object, got {text!r}.", param="lora_modules")
-        return LoraModule(name, path, None)
-    try:
-        fields = json.loads(text)
-    except ValueError as e:
-        raise AdapterError(f"--lora-modules got {text!r}, which is not JSON: {e}.", param="lora_modules") from e
-    fields.pop("base_model_name", None)  # vLLM's users give it; there is one base model here
-    scope = fields.pop("scope", None)
-    wrong = fields.keys() - {"name", "path"}
-    if wrong or not all(isinstance(fields.get(key), str) and fields[key] for key in ("name", "path")):
-        raise AdapterError(
-            f'--lora-modules needs JSON as {{"name": …, "path": …, "scope": …}}, got {text!r}.', param="lora_modules"
-        )
-    if scope not in (None, *(s.value for s in Scope)):
-        raise AdapterError(f"scope must be 'all' or 'prefill', got {scope!r} in {text!r}.", param="scope")
-    return LoraModule(fields["name"], fields["path"], Scope(scope) if scope else None)

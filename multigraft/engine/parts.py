@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from multigraft.adapters.bank import Bank
+from multigraft.adapters.names import parse_lora_module
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
-from multigraft.adapters.store import AdapterStore, parse_lora_module
+from multigraft.adapters.store import AdapterStore
 from multigraft.core.batch import AdapterMove
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftError

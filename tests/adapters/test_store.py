@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multigraft.adapters import peft_files
-from multigraft.adapters.store import AdapterStore, LoraModule, parse_lora_module
+from multigraft.adapters.names import LoraModule, parse_lora_module
+from multigraft.adapters.store import AdapterStore
 from multigraft.core.config import AdapterConfig, fetch_threads
 from multigraft.core.errors import AdapterError, CapacityExceeded, ModelNotFound, ShuttingDown
 from multigraft.core.request import Scope
