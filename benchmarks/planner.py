@@ -196,7 +196,7 @@ def main() -> None:
     fitted = models.by_target.items() if models else ()
     errors = {name: {"kind": f.kind, "mean_abs_error": round(f.error, 4)} for name, f in fitted}
     settings = {
-        "profile": profile.model,
+        "profile": Path(profile.model).name,
         "hardware": dict(profile.hardware),
         "judge": "engine" if args.measure else "twin",
         "duration": args.duration,
