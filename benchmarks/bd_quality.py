@@ -10,10 +10,10 @@ The sizes of SmolLM2's linears (576, 192 and 1,536) allow 2, 4 and 8 blocks in a
 it could not be served over so many ranks, and blocks cut through heads: this is about the method alone. Matched ranks
 are the multiples of N nearest to as many parameters.
 
-Each run is saved in --work as it ends; a call does one, and more until --seconds would be over, and the next call goes
+Each run is saved in --runs as it ends; a call does one, and more until --seconds would be over, and the next call goes
 on. The last one draws, and ends in one JSON line.
 
-    python -m benchmarks.bd_quality MODEL_FOLDER --train gsm8k_train.jsonl --test gsm8k_test.jsonl --work DIR --save
+    python -m benchmarks.bd_quality MODEL_FOLDER --train gsm8k_train.jsonl --test gsm8k_test.jsonl --save
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -56,6 +57,8 @@ from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
 SWEEP_SEED = 100
 NAMES = {"loss": "valid_loss", "accuracy": "valid_mean_token_accuracy", "train_loss": "train_loss"}
 """What is kept of a job's last events."""
+SETTINGS = ("steps", "batch", "held_out", "max_length")
+"""Runs that differ in one of them are not compared."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,11 @@ class Run:
 class Study:
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.file = args.work / "runs.jsonl"
-        args.work.mkdir(exist_ok=True)
+        self.file = args.runs
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.done: dict[Run, dict[str, Any]] = {}
-        for row in map(json.loads, lines):
+        self.settings = {k: getattr(args, k) for k in SETTINGS}
+        for row in (row for row in map(json.loads, lines) if self.settings.items() <= row.items()):
             self.done[Run(*(row[k] for k in ("nblocks", "rank", "seed", "rate")))] = row
 
     @property
@@ -151,7 +154,7 @@ class Study:
         valid = self._data(training, args.test, args.held_out, None, args.held_out if run.seed == SWEEP_SEED else 0)
         job = await off_loop(training.build, repr(run), run.spec(args), train, valid)
         numbers = (t.numel() for t in job.adapter.tensors.values())
-        row = asdict(run) | {"parameters": sum(numbers), "tokens": train.num_tokens}
+        row = asdict(run) | {"parameters": sum(numbers), "tokens": train.num_tokens} | self.settings
 
         def note(event: Event) -> None:
             row.update({k: event.data[v] for k, v in NAMES.items() if v in event.data})
@@ -167,12 +170,12 @@ class Study:
         lines = path.read_text().splitlines()
         if seed is not None:
             lines = random.Random(seed).sample(lines, len(lines))
-        part = self.args.work / "part.jsonl"
-        with part.open("w") as file:
+        limits = {"max_length": self.args.max_length, "depends_on_prompt": False}
+        with tempfile.NamedTemporaryFile("w") as file:
             for row in map(json.loads, lines[: 8 * (offset + num)]):
                 file.write(json.dumps({"prompt": row["question"] + "\n", "completion": row["answer"]}) + "\n")
-        limits = {"max_length": self.args.max_length, "depends_on_prompt": False}
-        data, kept = read(part, training.tokenizer, kind="supervised", **limits), Dataset()
+            file.flush()
+            data, kept = read(Path(file.name), training.tokenizer, kind="supervised", **limits), Dataset()
         assert len(data) >= offset + num, f"{path} has too few samples of at most {self.args.max_length} tokens"
         for i in range(offset, offset + num):
             kept.add(data[i])
@@ -258,8 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder of what is done so far")
-    parser.add_argument("--nblocks", type=int, nargs="*", default=[2, 4, 8])
+    parser.add_argument("--runs", type=Path, default=RESULTS / "bd_quality_runs.jsonl", help="what is done so far")
+    parser.add_argument("--nblocks", type=int, nargs="*", default=[2, 8, 4])
     parser.add_argument("--equal", type=int, nargs="*", default=[8, 2, 4], help="blocks of the runs at equal rank")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -281,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = compare(rows, args)
     show(table)
     plot(rows, table, args.plot)
-    settings = {k: getattr(args, k) for k in ("rank", "seeds", "steps", "batch", "held_out", "max_length")}
+    settings = {k: getattr(args, k) for k in ("rank", "seeds", *SETTINGS)}
     settings |= {"model": args.model.name, "learning_rate": study.rate, "summary": table}
     settings["sweep"] = {rate: study.done[run]["loss"] for rate, run in study.sweep.items()}
     finish("bd_quality", settings, rows, save=args.save)

@@ -21,9 +21,16 @@ def test_a_study_goes_on_where_it_was_cut_off(tmp_path: Path, capsys: pytest.Cap
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {"steps": "2", "batch": "2", "held-out": "2", "rank": "4", "nblocks": "2", "equal": "2", "rates": "0.01"}
     flags = [text for name, value in sizes.items() for text in (f"--{name}", value)]
-    files = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test"), "--work", str(tmp_path / "work")]
+    files = [
+        "--train",
+        str(tmp_path / "train"),
+        "--test",
+        str(tmp_path / "test"),
+        "--runs",
+        str(tmp_path / "runs.jsonl"),
+    ]
     command = [str(model), *files, *flags, "--seeds", "0", "1", "--plot", str(tmp_path / "plot.png")]
-    done = tmp_path / "work" / "runs.jsonl"
+    done = tmp_path / "runs.jsonl"
 
     bd_quality.main([*command, "--seconds", "0"])
     assert "more are left" in capsys.readouterr().out
