@@ -84,7 +84,7 @@ class Run:
             eval_interval=args.steps,
         )
         spec = JobSpec(adapter=AdapterSpec(r=self.rank, **kind), hyperparameters=h, seed=self.seed)
-        return spec.resolve(args.steps * args.batch)
+        return spec.resolve(args.steps * args.batch, args.max_length)
 
 
 class Study:
@@ -152,7 +152,7 @@ class Study:
         args = self.args
         train = self._data(training, args.train, args.steps * args.batch, run.seed)
         valid = self._data(training, args.test, args.held_out, None, args.held_out if run.seed == SWEEP_SEED else 0)
-        job = await off_loop(training.build, repr(run), run.spec(args), train, valid)
+        job = await off_loop(training.build, repr(run), run.spec(args), train, valid, None)
         numbers = (t.numel() for t in job.adapter.tensors.values())
         row = asdict(run) | {"parameters": sum(numbers), "tokens": train.num_tokens} | self.settings
 
