@@ -130,7 +130,7 @@ class Study:
                 model=ModelConfig(model=str(args.model), max_model_len=2 * args.max_length),
                 cache=CacheConfig(kv_cache_gib=0.1),
                 scheduler=SchedulerConfig(max_num_seqs=1),
-                adapters=AdapterConfig(max_loras=1, max_lora_rank=64),
+                adapters=AdapterConfig(max_loras=1, max_lora_rank=64, adapter_memory_gib=0.1),
                 training=TrainingConfig(train_memory_gib=args.train_memory_gib),
             )
         )

@@ -72,7 +72,7 @@ def test_input_may_be_the_output(lora_case, block_m, device):
 
 def test_results_are_bits_of_the_request_alone(mixed_case):
     """Neither a second run nor the rest of the batch changes a bit."""
-    case = mixed_case(in_features=1100)
+    case = mixed_case()  # three splits of x
     together = forward(case, case.y.clone(), 4)
     assert torch.equal(together, forward(case, case.y.clone(), 4))
     case.segments, rows = case.segments[2:3], slice(*case.segments[2][:2])
