@@ -4,7 +4,8 @@ Each stage is timed for --adapters adapters at once, with the GPU idle and with 
 thread that holds the GIL as an engine's does, now and then). Milliseconds for each adapter, and GB/s of blocks.
 
     read      disk to host memory by the store's threads, from a warm page cache
-    stage     host memory to page-locked memory by the store's threads; what an adapter that is kept costs to load again
+    first stage, stage   host memory to page-locked memory by the store's threads, which is what an adapter that is kept
+              costs to load again; the first time with locking the blocks
     load      Bank.load on the engine's thread: host time alone
     arrive    until the last copy is on the GPU, stage and load included
     lock      a new page-locked block by PyTorch's allocator, of another size each time so that none is used again
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,6 @@ LOCKED_BLOCKS = 8
 @contextmanager
 def busy(device: torch.device) -> Iterator[None]:
     """Matrix products of about 10 ms queued one after another, as steps are."""
-    if device.type != "cuda":
-        yield
-        return
     a, stop = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), threading.Event()
 
     def work() -> None:
@@ -74,9 +72,8 @@ class LoadPath:
         adapter_store.fetch_threads = lambda: threads  # type: ignore[assignment]
         self.device = torch.device(args.device)
         settings = AdapterConfig(max_cpu_loras=args.adapters, max_loras=args.adapters, max_lora_rank=args.rank)
-        self.store = AdapterStore(
-            sites, settings, torch.bfloat16, base_name="base", pin=self.device.type == "cuda"
-        )  # fmt: skip
+        pin = self.device.type == "cuda"
+        self.store = AdapterStore(sites, settings, torch.bfloat16, base_name="base", pin=pin)
         self.refs = [self.store.register(f"a{i}", root / "source") for i in range(args.adapters)]
         self.nbytes = self.refs[0].nbytes
         self.bank = Bank(
@@ -135,10 +132,10 @@ def register(nbytes: int) -> None:
 def measure(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     rows = []
     for threads in args.threads:
-        for is_busy in (False, True):
+        for is_busy in (False, True)[: 2 if args.device == "cuda" else 1]:
             path = LoadPath(args, root, threads)
             n, device = args.adapters, path.device
-            with busy(device) if is_busy else busy(torch.device("cpu")):
+            with busy(device) if is_busy else nullcontext():
                 times = {"read": seconds(path.read), "first stage": seconds(path.stage), "stage": seconds(path.stage)}
                 began = time.perf_counter()
                 times["load"] = path.arrive()

@@ -74,7 +74,7 @@ class EngineParts:
     """The other ranks of a tensor-parallel engine."""
 
     def fetch(self, move: AdapterMove) -> Future[PackedAdapter]:
-        """The adapter in host memory, that of every rank."""
+        """The adapter, that of every rank, ready for its copy to the device."""
         staged = self.store.stage(move.ref)
         return self.ranks.send(move, staged) if self.ranks else staged
 

@@ -55,6 +55,7 @@ class Ranks:
         self._lost_event = threading.Event()
         self._closing = False
         self._in_step = True
+        """Whether the other ranks wait for the next message, as far as this one knows."""
         self._told_of_loss: Callable[[RankLost], None] | None = None
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         if torchrun_rank() is not None:

@@ -106,7 +106,7 @@ def decode(message: np.ndarray) -> tuple[Batch, dict[str, int], int]:
 
 
 def encode_join(key: int, config: Mapping[str, Any]) -> np.ndarray:
-    """A JOIN: a job comes, whose adapter has this adapter_config.json."""
+    """A JOIN: an adapter of a job comes, with this adapter_config.json."""
     return np.array([JOIN, key, *json.dumps(dict(config)).encode()], dtype=np.int32)
 
 
