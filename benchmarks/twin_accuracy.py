@@ -1,7 +1,8 @@
 """How well the twin predicts the real engine: held-out workloads, served by the engine in this process and simulated.
 
-Calibrates first, or takes --profile. Then each workload runs for --seconds of arrivals through the engine (random
-adapters, ServeGen's rates, some with a fine-tuning job beside them) and through the twin, under the same configuration.
+Calibrates first, unless the file --profile is there, and saves the profile in it, and beside it what it was fit to.
+Then each workload runs for --seconds of arrivals through the engine (random adapters, ServeGen's rates, some with a
+fine-tuning job beside them) and through the twin, under the same configuration.
 Prints the plain relative error and the halved SMAPE of the published twins, for every workload, and ends in one JSON
 line. A workload during which the machine was slow, by a fixed step timed before and behind it, or other processes
 computed, is run again up to twice; the least disturbed run counts, whatever it says.
@@ -211,14 +212,17 @@ def main() -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
     config = replace(config, training=TrainingConfig(train_memory_gib=args.train_memory_gib))
-    if args.profile is not None:
+    if args.profile is not None and args.profile.exists():
         profile = Profile.load(args.profile)
     else:
         profile = calibrate(
             config,
             seconds=args.calibrate_seconds,
             progress=lambda what, _: print(what, end="\x1b[K\r", file=sys.stderr),
+            points_file=args.profile and args.profile.with_suffix(".points.jsonl"),
         )
+        if args.profile is not None:
+            profile.save(args.profile)
         gc.collect()  # the engine that calibrated; its memory is needed
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

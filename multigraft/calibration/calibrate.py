@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -56,8 +56,12 @@ Progress = Callable[[str, float], None]
 """Told what is being done, and the share that is done."""
 
 
-def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, progress: Progress) -> Profile:
+def calibrate(
+    config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, progress: Progress, points_file: Path | None = None
+) -> Profile:
     """Build the engine, measure for about so many seconds, and fit. Raises MultigraftError for what the user can mend.
+
+    points_file: gets what the fit is made from, a JSON line for each group of steps.
 
     Start-up and load times come on top: with 150 s, some 3 minutes on either device.
     """
@@ -86,6 +90,11 @@ def calibrate(config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, pr
             core.stop(30)
             parts.store.close()
     progress("Fitting", 0.98)
+    if points_file is not None:
+        with points_file.open("w") as file:
+            for slowest, timed in points:
+                steps = [{"seconds": t, **asdict(shape)} for shape, t in timed]
+                file.write(json.dumps({"probe": slowest, "steps": steps}) + "\n")
     counted = calm([slowest for slowest, _ in points])
     kept = [timed for (_, timed), ok in zip(points, counted, strict=True) if ok and timed]
     held_out = kept[::HELD_OUT]

@@ -33,7 +33,7 @@ from multigraft.engine.trainer import Trainer
 from multigraft.kvcache.pages import PagePool
 from multigraft.kvcache.tensors import PagedKV
 from multigraft.models import attention, backends, graft
-from multigraft.models.cuda_graphs import DecodeGraphs
+from multigraft.models.cuda_graphs import DecodeGraphs, padded_sizes
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
 from multigraft.models.parallel import Group
@@ -200,7 +200,8 @@ def build_rank(
     train_memory = TrainMemory.plan(config.training, loaded, group.size if group else 1)
     kv = _allocate_kv(config, loaded, train_memory.budget, group)
     num_heads = model.config.get_text_config().num_attention_heads // (group.size if group else 1)
-    backend = backends.choose(config.model.attention_backend, kv, num_heads)
+    max_rows = padded_sizes(config.scheduler.max_num_seqs)[-1]
+    backend = backends.choose(config.model.attention_backend, kv, num_heads, max_rows)
     attention.attach(model, backend, grafts.train)
     on_graphs = isinstance(backend, FlashInferBackend) and not config.model.enforce_eager
     if config.model.compile or on_graphs:

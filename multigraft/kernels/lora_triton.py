@@ -28,27 +28,33 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multigraft.kernels.tiles import BASE
+from multigraft.kernels.tiles import BASE, DECODE_ROWS
 
 MAX_SPLITS = 8
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
-# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores.
-# Tiles of 4 rows are expanded without those; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the
-# warps load at once, so that a thread holds all the ranks of its columns (else the sum over ranks goes through shared
-# memory, and takes three times as long).
+LOW_RANK = tl.constexpr(16)
+"""Up to it decode tiles are expanded without tensor cores."""
+
+# Block sizes by rows a tile and whether there may be adapters above LOW_RANK. CHUNK: columns of x one program reads at
+# least. DOT_N: columns at a time on tensor cores, DOT_R: ranks. Without those: 32 threads a warp, 8 columns a load, so
+# that with BLOCK_N a multiple of what the warps load at once a thread holds all the ranks of its columns (else the sum
+# over ranks goes through shared memory, and takes three times as long).
 SHRINK = {
-    4: {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
-    64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
+    (4, False): {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
+    (4, True): {"BLOCK_R": 32, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 2, "num_stages": 5},
+    (64, False): {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    4: {"BLOCK_R": 4, "BLOCK_N": 2048, "num_warps": 4, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "num_warps": 4, "num_stages": 1},
+    (4, False): {"BLOCK_R": 4, "BLOCK_N": 2048, "num_warps": 4, "num_stages": 1},
+    (4, True): {"BLOCK_R": 4, "BLOCK_N": 256, "DOT_N": 256, "DOT_R": 64, "num_warps": 4, "num_stages": 1},
+    (64, False): {"BLOCK_N": 1024, "DOT_N": 128, "DOT_R": 32, "num_warps": 4, "num_stages": 1},
 }
 GATED = {
-    4: {"BLOCK_R": 4, "BLOCK_N": 1024, "num_warps": 4, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 512, "DOT_N": 64, "num_warps": 8, "num_stages": 1},
+    (4, False): {"BLOCK_R": 4, "BLOCK_N": 1024, "num_warps": 4, "num_stages": 1},
+    (4, True): {"BLOCK_R": 4, "BLOCK_N": 256, "DOT_N": 256, "DOT_R": 64, "num_warps": 4, "num_stages": 1},
+    (64, False): {"BLOCK_N": 512, "DOT_N": 64, "DOT_R": 32, "num_warps": 8, "num_stages": 1},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -133,30 +139,31 @@ def _shrink_kernel(
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     member, left, width, split = _locate(tl.program_id(0), WIDTHS, BLOCKS)
     w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
+    r_start = tl.program_id(2) * BLOCK_R
     if PDL:
         gdc_wait()
+    if r_start >= rank:
+        return
     x += first_row * x_stride + left
     h += split.to(tl.int64) * split_stride + first_row * h_stride + first
     k_start = split * CHUNK
     k_stop = tl.minimum(k_start + CHUNK, width)
-    offs_m = tl.arange(0, BLOCK_M)
-    for r_start in range(0, rank, BLOCK_R):
-        offs_r = r_start + tl.arange(0, BLOCK_R)
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k in range(k_start, k_stop, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            in_k = offs_k < k_stop
-            mask = (offs_m < rows)[:, None] & in_k[None, :]
-            x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
-            mask = in_k[:, None] & (offs_r < rank)[None, :]
-            w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
-            acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
-        if SIDE == "a":
-            c = _c_offset(table, table_stride, slot)
-            if (c >= 0) & (split == 0):
-                acc += tl.load(arena + c + offs_r, mask=offs_r < rank, other=0.0).to(tl.float32)[None, :]
-        mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
-        tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
+    offs_m, offs_r = tl.arange(0, BLOCK_M), r_start + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(k_start, k_stop, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        in_k = offs_k < k_stop
+        mask = (offs_m < rows)[:, None] & in_k[None, :]
+        x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
+        mask = in_k[:, None] & (offs_r < rank)[None, :]
+        w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
+        acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+    if SIDE == "a":
+        c = _c_offset(table, table_stride, slot)
+        if (c >= 0) & (split == 0):
+            acc += tl.load(arena + c + offs_r, mask=offs_r < rank, other=0.0).to(tl.float32)[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
+    tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
 
 
 @triton.jit
@@ -212,10 +219,53 @@ def _add_row(y, offs_n, mask, old, delta):
 
 
 @triton.jit
+def _expand_four(
+    y, h, w, rank, rows, scale, start, width, split_stride, h_stride, y_stride,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_n = start + tl.arange(0, BLOCK_N)
+    in_n = offs_n < width
+    nth = tl.zeros_like(offs_n)
+    n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
+    y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
+    y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+    y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+    y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+    d0, d1, d2, d3 = _four_products(
+        h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+    )  # fmt: skip
+    _add_row(y, offs_n, in_n, y0, scale * d0)
+    _add_row(y + y_stride, offs_n, n1, y1, scale * d1)
+    _add_row(y + 2 * y_stride, offs_n, n2, y2, scale * d2)
+    _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
+
+
+@triton.jit
+def _expand_dot(
+    y, h, w, rank, rows, scale, start, stop, width, split_stride, h_stride, y_stride,
+    SPLITS: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr, DOT_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.arange(0, DOT_M)
+    in_m = offs_m < rows
+    for n_start in range(start, tl.minimum(stop, width), DOT_N):
+        offs_n = n_start + tl.arange(0, DOT_N)
+        in_n = offs_n < width
+        y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+        y_mask = in_m[:, None] & in_n[None, :]
+        old = tl.load(y_mn, mask=y_mask, other=0.0)
+        delta = scale * _products(
+            h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, y.dtype.element_ty,
+            SPLITS, DOT_M, DOT_R, DOT_N,
+        )  # fmt: skip
+        tl.store(y_mn, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr,
+    DOT_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
@@ -233,36 +283,26 @@ def _expand_kernel(
         return
     h += first_row * h_stride + first
     y += first_row * y_stride + left
-    if BLOCK_M == 4:
-        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = offs_n < width
-        nth = tl.zeros_like(offs_n)
-        n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
-        y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
-        y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
-        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
-        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
-        d0, d1, d2, d3 = _four_products(
-            h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
-        )  # fmt: skip
-        _add_row(y, offs_n, in_n, y0, scale * d0)
-        _add_row(y + y_stride, offs_n, n1, y1, scale * d1)
-        _add_row(y + 2 * y_stride, offs_n, n2, y2, scale * d2)
-        _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
-    else:
-        offs_m = tl.arange(0, BLOCK_M)
-        in_m = offs_m < rows
-        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
-            offs_n = n_start + tl.arange(0, DOT_N)
-            in_n = offs_n < width
-            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-            y_mask = in_m[:, None] & in_n[None, :]
-            old = tl.load(y_mn, mask=y_mask, other=0.0)
-            delta = scale * _products(
-                h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, y.dtype.element_ty,
-                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+    start = block * BLOCK_N
+    if DOT_N == 0:
+        _expand_four(
+            y, h, w, rank, rows, scale, start, width, split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N
+        )
+    elif BLOCK_M == 4:
+        if rank <= LOW_RANK:
+            _expand_four(
+                y, h, w, rank, rows, scale, start, width, split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N
             )  # fmt: skip
-            tl.store(y_mn, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=y_mask)
+        else:
+            _expand_dot(
+                y, h, w, rank, rows, scale, start, start + BLOCK_N, width, split_stride, h_stride, y_stride,
+                SPLITS, DOT_M, DOT_R, DOT_N,
+            )  # fmt: skip
+    else:
+        _expand_dot(
+            y, h, w, rank, rows, scale, start, start + BLOCK_N, width, split_stride, h_stride, y_stride,
+            SPLITS, DOT_M, DOT_R, DOT_N,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -278,10 +318,60 @@ def _gated_row(z, y, offs_n, mask, width, gate_delta, up_delta):
 
 
 @triton.jit
+def _gated_four(
+    z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start,
+    split_stride, h_stride, y_stride, z_stride,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_n = start + tl.arange(0, BLOCK_N)
+    in_n = offs_n < WIDTH
+    nth = tl.zeros_like(offs_n)
+    g0, g1, g2, g3 = _four_products(
+        h, gate_w, gate_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+    )  # fmt: skip
+    u0, u1, u2, u3 = _four_products(
+        h + gate_rank, up_w, up_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+    )  # fmt: skip
+    _gated_row(z, y, offs_n, in_n, WIDTH, gate_scale * g0, up_scale * u0)
+    _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 1 < rows), WIDTH, gate_scale * g1, up_scale * u1)
+    z += 2 * z_stride
+    y += 2 * y_stride
+    _gated_row(z, y, offs_n, in_n & (nth + 2 < rows), WIDTH, gate_scale * g2, up_scale * u2)
+    _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 3 < rows), WIDTH, gate_scale * g3, up_scale * u3)
+
+
+@triton.jit
+def _gated_dot(
+    z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start, stop,
+    split_stride, h_stride, y_stride, z_stride,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr, DOT_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.arange(0, DOT_M)
+    in_m = offs_m < rows
+    for n_start in range(start, tl.minimum(stop, WIDTH), DOT_N):
+        offs_n = n_start + tl.arange(0, DOT_N)
+        in_n = offs_n < WIDTH
+        y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+        mask = in_m[:, None] & in_n[None, :]
+        gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32)
+        gate += gate_scale * _products(
+            h, gate_w, gate_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride, y.dtype.element_ty,
+            SPLITS, DOT_M, DOT_R, DOT_N,
+        )  # fmt: skip
+        up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        up += up_scale * _products(
+            h + gate_rank, up_w, up_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride,
+            y.dtype.element_ty, SPLITS, DOT_M, DOT_R, DOT_N,
+        )  # fmt: skip
+        z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
+        tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _gated_kernel(
     z, y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride, z_stride,
-    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
+    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr, DOT_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """z[rows, a block of columns] = silu(gate + its adapter's) * (up + its adapter's); gate and up lie side by side in
     y."""
@@ -292,10 +382,9 @@ def _gated_kernel(
             gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
-    block = tl.program_id(0)
     known = tl.maximum(slot, 0)
     gate_w, gate_rank, _, gate_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 0, 2, "b")
-    up_w, up_rank, up_first, up_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 1, 2, "b")
+    up_w, up_rank, _, up_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 1, 2, "b")
     gate_rank = tl.where(slot < 0, 0, gate_rank)
     up_rank = tl.where(slot < 0, 0, up_rank)
     if PDL:
@@ -303,42 +392,28 @@ def _gated_kernel(
     h += first_row * h_stride
     y += first_row * y_stride
     z += first_row * z_stride
-    if BLOCK_M == 4:
-        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = offs_n < WIDTH
-        nth = tl.zeros_like(offs_n)
-        g0, g1, g2, g3 = _four_products(
-            h, gate_w, gate_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+    start = tl.program_id(0) * BLOCK_N
+    if DOT_N == 0:
+        _gated_four(
+            z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start,
+            split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, BLOCK_R, BLOCK_N,
         )  # fmt: skip
-        u0, u1, u2, u3 = _four_products(
-            h + up_first, up_w, up_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
-        )  # fmt: skip
-        _gated_row(z, y, offs_n, in_n, WIDTH, gate_scale * g0, up_scale * u0)
-        _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 1 < rows), WIDTH, gate_scale * g1, up_scale * u1)
-        z += 2 * z_stride
-        y += 2 * y_stride
-        _gated_row(z, y, offs_n, in_n & (nth + 2 < rows), WIDTH, gate_scale * g2, up_scale * u2)
-        _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 3 < rows), WIDTH, gate_scale * g3, up_scale * u3)
+    elif BLOCK_M == 4:
+        if tl.maximum(gate_rank, up_rank) <= LOW_RANK:
+            _gated_four(
+                z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start,
+                split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, BLOCK_R, BLOCK_N,
+            )  # fmt: skip
+        else:
+            _gated_dot(
+                z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start, start + BLOCK_N,
+                split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, DOT_M, DOT_R, DOT_N,
+            )  # fmt: skip
     else:
-        offs_m = tl.arange(0, BLOCK_M)
-        in_m = offs_m < rows
-        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH), DOT_N):
-            offs_n = n_start + tl.arange(0, DOT_N)
-            in_n = offs_n < WIDTH
-            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-            mask = in_m[:, None] & in_n[None, :]
-            gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32)
-            gate += gate_scale * _products(
-                h, gate_w, gate_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride, y.dtype.element_ty,
-                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
-            )  # fmt: skip
-            up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            up += up_scale * _products(
-                h + up_first, up_w, up_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride,
-                y.dtype.element_ty, SPLITS, BLOCK_M, BLOCK_R, DOT_N,
-            )  # fmt: skip
-            z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
-            tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
+        _gated_dot(
+            z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start, start + BLOCK_N,
+            split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, DOT_M, DOT_R, DOT_N,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -404,10 +479,20 @@ class Work(NamedTuple):
         return self.table.shape[1]
 
     @property
+    def kind(self) -> tuple[int, bool]:
+        """Key of the tables of block sizes."""
+        return self.block_m, self.block_m == DECODE_ROWS and self.max_rank > LOW_RANK.value
+
+    @property
     def strides(self) -> tuple[int, int]:
         """From slot to slot in table and scales, which may be a site's part of wider ones."""
         assert self.table.stride()[1:] == (4, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
         return self.table.stride(0), self.scales.stride(0)
+
+
+def _products_options(sizes: dict[tuple[int, bool], dict[str, int]], work: Work) -> dict[str, int]:
+    """DOT_N 0: no tensor cores."""
+    return {"BLOCK_R": 0, "DOT_N": 0, "DOT_R": 0, "DOT_M": max(16, work.block_m)} | sizes[work.kind]
 
 
 def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
@@ -428,7 +513,8 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
     """h float32 (splits, T, columns) of x (T, sum(widths)); rows and columns of no tile and no rank stay unwritten."""
     splits, chunk, blocks = _splits(work, widths)
     h = _workspace(x, work, splits)
-    _shrink_kernel[(splits * len(widths), len(work.tiles))](
+    most = work.max_rank * (work.num_members if side == "a" else 1)
+    _shrink_kernel[(splits * len(widths), len(work.tiles), triton.cdiv(most, blocks["BLOCK_R"]))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
         WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
         CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x.device),
@@ -438,7 +524,7 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
 
 def _splits(work: Work, widths: Sequence[int]) -> tuple[int, int, dict[str, int]]:
     """(splits of x, columns of each, the further block sizes)."""
-    blocks = dict(SHRINK[work.block_m])
+    blocks = dict(SHRINK[work.kind])
     chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS))
     chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
     return triton.cdiv(max(widths), chunk), chunk, blocks  # for every member, so that each column has all its splits
@@ -451,7 +537,7 @@ def _workspace(x: torch.Tensor, work: Work, splits: int) -> torch.Tensor:
 
 def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
     """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place."""
-    options = EXPAND[work.block_m]
+    options = _products_options(EXPAND, work)
     blocks = _blocks(widths, options["BLOCK_N"])
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
@@ -495,7 +581,7 @@ def gated(
     h = shrink(x, arena, work, "a", [x.shape[1]]) if adapted else _workspace(x, work, _splits(work, [x.shape[1]])[0])
     width = y.shape[1] // 2
     z = y.new_empty(y.shape[0], width)
-    options = GATED[work.block_m]
+    options = _products_options(GATED, work)
     _gated_kernel[(triton.cdiv(width, options["BLOCK_N"]), len(all_tiles))](
         z, y, h, arena, work.table, work.scales, all_tiles, *work.strides,
         h.stride(0), h.stride(1), y.stride(0), z.stride(0),

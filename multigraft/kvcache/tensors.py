@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from multigraft.core.batch import Batch
+from multigraft.core.batch import Span
 from multigraft.kvcache.transfer import upload
 
 
@@ -34,12 +36,12 @@ class PagedKV:
         self.page_size = page_size
         self.nbytes = 2 * self.k.numel() * self.k.element_size()
 
-    def rows_of(self, batch: Batch) -> torch.Tensor:
-        """(T,) where each row's key and value go, as page * page_size + offset, on the device."""
+    def rows_of(self, spans: Sequence[Span]) -> torch.Tensor:
+        """(T,) where each of the spans' rows puts its key and value, as page * page_size + offset, on the device."""
         p = self.page_size
-        rows = np.empty(batch.num_tokens, dtype=np.int64)
+        rows = np.empty(sum(span.length for span in spans), dtype=np.int64)
         row = 0
-        for span in batch.spans:
+        for span in spans:
             pages, end = span.request.pages, row + span.length
             if span.length == 1:
                 rows[row] = pages[span.start // p] * p + span.start % p

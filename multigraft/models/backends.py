@@ -12,10 +12,10 @@ from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.sdpa import SdpaBackend
 
 
-def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV, num_heads: int) -> AttentionBackend:
+def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV, num_heads: int, max_rows: int) -> AttentionBackend:
     """auto: FlashInfer on CUDA in half precision when it is installed, the CPU's own on the CPU, else SDPA.
 
-    num_heads: query heads. ModelNotSupported when the named one cannot run.
+    num_heads: query heads; max_rows: decode rows of a step at most. ModelNotSupported when the named one cannot run.
     """
     fits = kv.k.is_cuda and kv.k.element_size() == 2
     runs = fits and importlib.util.find_spec("flashinfer") is not None
@@ -23,7 +23,7 @@ def choose(name: Literal["auto", "flashinfer", "sdpa"], kv: PagedKV, num_heads: 
         cause = "it is not installed" if fits else f"it needs CUDA and a 16-bit dtype, not {kv.k.dtype}"
         raise ModelNotSupported(f"Attention backend flashinfer cannot run: {cause}. Choose sdpa or auto.")
     if runs and name != "sdpa":
-        return FlashInferBackend(kv)
+        return FlashInferBackend(kv, num_heads, max_rows)
     if name == "auto" and kv.k.device.type == "cpu":
         from multigraft.models.cpu_attention import CpuBackend  # here, as CUDA needs no Numba
 

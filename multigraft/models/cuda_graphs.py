@@ -17,7 +17,7 @@ from torch import nn
 from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import BASE, DECODE_ROWS, UNUSED, cut_tiles, max_tiles
-from multigraft.models.flashinfer import FixedPages, FlashInferBackend, gather_pages
+from multigraft.models.flashinfer import DecodeRows, FlashInferBackend, gather_pages
 from multigraft.models.parallel import Counts, Group
 from multigraft.models.segments import CudaGrafts
 
@@ -117,11 +117,7 @@ class DecodeGraphs:
         num_pages = int(counts[:n].sum())
         inputs.pages[:num_pages] = gather_pages(spans, counts[:n])
         inputs.pages[num_pages : num_pages + size - n] = kv.scratch_page
-        ends = counts.cumsum()
-        inputs.indptr[1 : size + 1] = ends
-        inputs.last_page_len[:n] = starts % p + 1
-        inputs.last_page_len[n:size] = 1
-        inputs.kv_rows[:size] = inputs.pages[ends - 1].astype(np.int64) * p + inputs.last_page_len[:size] - 1
+        inputs.indptr[1 : size + 1] = counts.cumsum()
         # A decode row is its request's last position, so it is adapted if its span has a slot.
         row_slot = np.full(size, BASE, np.int32)
         row_slot[:n] = [BASE if s.slot is None else s.slot for s in spans]
@@ -130,17 +126,6 @@ class DecodeGraphs:
             inputs.tiles[:, 2] = UNUSED
             inputs.tiles[: len(tiles)] = tiles
         inputs.send(num_pages + size - n)
-        self._begin(size)
-        inputs.mark()
-
-    def _begin(self, size: int) -> None:
-        inputs, on_device = self._inputs, self._inputs.on_device
-        self.attention.begin_fixed(
-            on_device["kv_rows"][:size],
-            inputs.indptr_host[: size + 1],
-            inputs.last_page_len_host[:size],
-            FixedPages(inputs.device_indptr[: size + 1], on_device["pages"], inputs.device_last_page_len[:size]),
-        )
 
     def _forward(self, size: int) -> None:
         ids, positions, late = (self._inputs.on_device[name][:size] for name in ("ids", "positions", "late_rows"))
@@ -156,6 +141,10 @@ class DecodeGraphs:
             num_tiles = max_tiles(size, self.grafts.bank.max_slots)
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
             self._prepare(Batch(), size)
+            fixed = self._inputs.on_device
+            self.attention.begin_fixed(
+                DecodeRows(fixed["positions"][:size], fixed["indptr"][: size + 1], fixed["pages"])
+            )
             for kinds in CAPTURED:
                 self.grafts.begin_fixed(tiles, DECODE_ROWS, kinds)
                 self._forward(size)  # for each: a kernel may be tuned anew for another size, which a capture forbids
@@ -178,7 +167,7 @@ class _Inputs:
             "ids": (np.int64, max_rows),
             "positions": (np.int64, max_rows),
             "late_rows": (np.int64, max_rows),
-            "kv_rows": (np.int64, max_rows),
+            "indptr": (np.int32, max_rows + 1),
             "tiles": (np.int32, 3 * max_tiles),
             "pages": (np.int32, max_pages),  # last, as most of it is not in use and not copied
         }
@@ -194,26 +183,18 @@ class _Inputs:
             self.on_device[name] = self._device[start:stop].view(torch.int64 if dtype is np.int64 else torch.int32)
             self._pages_start, start = start, stop
         self.ids, self.positions, self.late_rows = views["ids"], views["positions"], views["late_rows"]
-        self.kv_rows = views["kv_rows"]
+        self.indptr = views["indptr"]
         self.tiles = views["tiles"].reshape(-1, 3)
         self.pages = views["pages"]
-        # FlashInfer copies these two itself when it plans.
-        self.indptr_host = torch.zeros(max_rows + 1, dtype=torch.int32, pin_memory=True)
-        self.last_page_len_host = torch.ones(max_rows, dtype=torch.int32, pin_memory=True)
-        self.indptr, self.last_page_len = self.indptr_host.numpy(), self.last_page_len_host.numpy()
-        self.device_indptr = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        self.device_last_page_len = torch.ones(max_rows, dtype=torch.int32, device=device)
         self._copied = torch.cuda.Event()
 
     def wait(self) -> None:
-        """Until the copies queued before `mark` are done, and the host's side may be written again."""
+        """Until the last copy is done, and the host's side may be written again."""
         self._copied.synchronize()
 
     def send(self, num_pages: int) -> None:
         stop = self._pages_start + 4 * num_pages
         self._device[:stop].copy_(self._host[:stop], non_blocking=True)
-
-    def mark(self) -> None:
         self._copied.record()
 
 

@@ -56,7 +56,7 @@ class SdpaBackend:
                 fresh.append(span.request.pages[span.stop // p])
             (decode if span.phase is Phase.DECODE else prefill).append((row, span))
             row += span.length
-        self._rows = self.kv.rows_of(batch)
+        self._rows = self.kv.rows_of(batch.spans)
         self._fresh = torch.tensor(fresh, device=self.kv.k.device) if fresh else None
         self._prefill = self._group_prefill(prefill)
         self._decode = self._group_decode(decode)
