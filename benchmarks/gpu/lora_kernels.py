@@ -319,40 +319,34 @@ def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(names, c, strict=False)) for c in choices]
 
 
-LOW, HIGH, PROMPTS = (4, False), (4, True), (64, False)
-CANDIDATES: dict[tuple[str, tuple[int, bool]], list[dict[str, int]]] = {
-    ("SHRINK", LOW): options("BLOCK_K", (16, 64, 1, 6, 512), (16, 128, 2, 4, 256), (8, 128, 2, 4, 256)),
-    ("SHRINK", HIGH): options("BLOCK_K", (64, 64, 4, 4, 256), (16, 64, 1, 6, 256), (32, 128, 4, 3, 256)),
-    ("SHRINK", PROMPTS): options("BLOCK_K", (64, 64, 4, 4, 1024)),
-    ("EXPAND", LOW): [
-        lora_triton.EXPAND[LOW] | {"BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
-        for r, n, w in ((4, 1024, 4), (8, 1024, 4), (8, 512, 2), (8, 2048, 4), (8, 256, 1))
+CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
+    ("SHRINK", 4): options(
+        "BLOCK_K", (16, 128, 1, 4, 256), (16, 128, 2, 4, 256), (16, 64, 1, 6, 1024), (16, 128, 2, 4, 1024),
+        (16, 128, 2, 5, 2048), (8, 128, 2, 4, 256),
+    ),
+    ("SHRINK", 64): options("BLOCK_K", (64, 64, 4, 4, 1024)),
+    ("EXPAND", 4): [
+        lora_triton.EXPAND[4] | {"BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
+        for r, n, w in ((8, 1024, 4), (8, 256, 1), (8, 1024, 2), (8, 512, 1), (16, 512, 2), (4, 1024, 2), (4, 512, 2))
     ],
-    ("EXPAND", HIGH): [
-        lora_triton.EXPAND[HIGH] | {"BLOCK_R": 8, "BLOCK_N": n, "DOT_N": d, "DOT_R": r, "num_warps": w}
-        for n, d, r, w in (
-            (256, 128, 64, 4),
-            (128, 128, 64, 4),
-            (512, 128, 64, 4),
-            (256, 256, 32, 4),
-            (512, 256, 32, 4),
-        )
+    ("GATED", 4): [
+        lora_triton.GATED[4] | {"BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
+        for r, n, w in ((8, 1024, 4), (8, 256, 1), (8, 1024, 2), (4, 1024, 2), (4, 512, 2), (16, 512, 2))
     ],
-    ("GATED", LOW): [
-        lora_triton.GATED[LOW] | {"BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
-        for r, n, w in ((4, 512, 2), (8, 1024, 4), (8, 512, 2), (8, 256, 1))
-    ],
-    ("GATED", HIGH): [
-        lora_triton.GATED[HIGH] | {"BLOCK_R": 8, "BLOCK_N": n, "DOT_N": d, "DOT_R": r, "num_warps": w}
-        for n, d, r, w in ((256, 128, 64, 4), (128, 128, 64, 4), (512, 128, 32, 4))
-    ],
-    ("GATED", PROMPTS): [lora_triton.GATED[PROMPTS] | {"DOT_N": 128, "DOT_R": 16}],
-    ("EXPAND", PROMPTS): [lora_triton.EXPAND[PROMPTS] | {"BLOCK_N": 512, "num_warps": 2}],
-}
+    ("GATED", 64): [lora_triton.GATED[64] | {"DOT_N": 128, "BLOCK_R": 16}],
+    ("EXPAND", 64): [lora_triton.EXPAND[64] | {"BLOCK_N": 512, "num_warps": 2}],
+}  # fmt: skip
 TUNED_AT = {
-    LOW: (((8,) * 64, DECODE_ROWS), ((8,) * 256, DECODE_ROWS), ((8,), 2), ((16,) * 4, 16)),
-    HIGH: (((64,) * 64, DECODE_ROWS), ((64,), 2), ((64,) * 4, 16), ((8,) * 63 + (128,), DECODE_ROWS)),
-    PROMPTS: (((8,) * 64, PREFILL_ROWS), ((64,) * 16, PREFILL_ROWS)),
+    4: (
+        ((8,) * 64, DECODE_ROWS),
+        ((8,) * 256, DECODE_ROWS),
+        ((64,) * 64, DECODE_ROWS),
+        ((8,), 2),
+        ((16,) * 4, 16),
+        ((64,) * 4, 16),
+        ((8,) * 63 + (128,), DECODE_ROWS),
+    ),
+    64: (((8,) * 64, PREFILL_ROWS), ((64,) * 16, PREFILL_ROWS)),
 }
 """Ranks of the adapters and rows at which block sizes are compared."""
 
@@ -360,21 +354,21 @@ TUNED_AT = {
 def tuning_rows(kernels: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Kernels alone, summed over one layer's sites (gated: with its shrink), for the present options (first) and the
     candidates."""
-    for (kernel, kind), candidates in CANDIDATES.items():
+    for (kernel, block_m), candidates in CANDIDATES.items():
         if kernel not in kernels:
             continue
         table = getattr(lora_triton, kernel)
-        present = table[kind]
+        present = table[block_m]
         for choice in (present, *candidates):
-            table[kind] = choice
-            row: dict[str, Any] = {"kernel": kernel, "block_m": kind[0], **choice}
-            for ranks, num_rows in TUNED_AT[kind]:
+            table[block_m] = choice
+            row: dict[str, Any] = {"kernel": kernel, "block_m": block_m, **choice}
+            for ranks, num_rows in TUNED_AT[block_m]:
                 sites = ["gate_up"] if kernel == "GATED" else SITES
-                shapes = [Shape(site, num_rows, ranks, kind[0]) for site in sites]
+                shapes = [Shape(site, num_rows, ranks, block_m) for site in sites]
                 row[f"us_{len(ranks)}x{max(ranks)}"] = sum(kernel_us(kernel, shape) for shape in shapes)
             print(row, flush=True)
             yield row
-        table[kind] = present
+        table[block_m] = present
 
 
 def kernel_us(kernel: str, shape: Shape) -> float:

@@ -36,6 +36,7 @@ from multigraft.models import attention, backends, graft
 from multigraft.models.cuda_graphs import DecodeGraphs, padded_sizes
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.load import LoadedModel, load_model
+from multigraft.models.mixed_graphs import MixedGraphs
 from multigraft.models.parallel import Group
 from multigraft.models.runner import Runner
 from multigraft.models.s_lora import SLoraCudaGrafts
@@ -210,16 +211,12 @@ def build_rank(
     runner = Runner(model, backend, grafts, loaded.device)
     if on_graphs:
         started = time.monotonic()
-        runner.graphs = DecodeGraphs(
-            model,
-            backend,
-            grafts,
-            max_rows=config.scheduler.max_num_seqs,
-            max_len=loaded.max_model_len,
-            vocab_size=loaded.vocab_size,
-            group=group,
-        )
-        progress(f"Decoder layers compiled and decode steps captured in {time.monotonic() - started:.0f} s")
+        sizes = {"max_len": loaded.max_model_len, "vocab_size": loaded.vocab_size}
+        num_seqs, num_tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+        made = model, backend, grafts
+        runner.graphs = DecodeGraphs(*made, max_rows=num_seqs, **sizes, group=group)
+        runner.mixed_graphs = MixedGraphs(*made, max_rows=num_tokens, max_spans=num_seqs, **sizes, group=group)
+        progress(f"Decoder layers compiled and steps captured in {time.monotonic() - started:.0f} s")
     trainer = Trainer(TrainModel(model, grafts), train_memory, rides=not on_graphs)
     if train_memory.compiled and train_memory.budget:
         started = time.monotonic()

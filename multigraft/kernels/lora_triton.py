@@ -28,33 +28,28 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multigraft.kernels.tiles import BASE, DECODE_ROWS
+from multigraft.kernels.tiles import BASE
 
-MAX_SPLITS = 8
+MAX_SPLITS = {4: 8, 64: 8}
+"""By rows a tile."""
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
-LOW_RANK = tl.constexpr(16)
-"""Up to it decode tiles are expanded without tensor cores."""
-
-# Block sizes by rows a tile and whether there may be adapters above LOW_RANK. CHUNK: columns of x one program reads at
-# least. DOT_N: columns at a time on tensor cores, DOT_R: ranks. Without those: 32 threads a warp, 8 columns a load, so
-# that with BLOCK_N a multiple of what the warps load at once a thread holds all the ranks of its columns (else the sum
-# over ranks goes through shared memory, and takes three times as long).
+# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores.
+# Tiles of 4 rows are expanded without those; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the
+# warps load at once, so that a thread holds all the ranks of its columns (else the sum over ranks goes through shared
+# memory, and takes three times as long).
 SHRINK = {
-    (4, False): {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
-    (4, True): {"BLOCK_R": 32, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 2, "num_stages": 5},
-    (64, False): {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
+    4: {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
+    64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    (4, False): {"BLOCK_R": 4, "BLOCK_N": 2048, "num_warps": 4, "num_stages": 1},
-    (4, True): {"BLOCK_R": 4, "BLOCK_N": 256, "DOT_N": 256, "DOT_R": 64, "num_warps": 4, "num_stages": 1},
-    (64, False): {"BLOCK_N": 1024, "DOT_N": 128, "DOT_R": 32, "num_warps": 4, "num_stages": 1},
+    4: {"BLOCK_R": 8, "BLOCK_N": 512, "num_warps": 2, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "num_warps": 4, "num_stages": 1},
 }
 GATED = {
-    (4, False): {"BLOCK_R": 4, "BLOCK_N": 1024, "num_warps": 4, "num_stages": 1},
-    (4, True): {"BLOCK_R": 4, "BLOCK_N": 256, "DOT_N": 256, "DOT_R": 64, "num_warps": 4, "num_stages": 1},
-    (64, False): {"BLOCK_N": 512, "DOT_N": 64, "DOT_R": 32, "num_warps": 8, "num_stages": 1},
+    4: {"BLOCK_R": 8, "BLOCK_N": 512, "num_warps": 2, "num_stages": 1},
+    64: {"BLOCK_R": 32, "BLOCK_N": 512, "DOT_N": 64, "num_warps": 8, "num_stages": 1},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -167,32 +162,47 @@ def _shrink_kernel(
 
 
 @triton.jit
+def _four_rows(
+    h, w, r_start, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """(BLOCK_R,) of h for rows 0 to 3, zeros past the last row, and W's rows (BLOCK_R, columns)."""
+    offs_r = r_start + tl.arange(0, BLOCK_R)
+    in_r = offs_r < rank
+    nth = tl.zeros_like(offs_r)
+    w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
+    h0 = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
+    h1 = _sum_splits(h + h_stride + offs_r, in_r & (nth + 1 < rows), split_stride, SPLITS)
+    h2 = _sum_splits(h + 2 * h_stride + offs_r, in_r & (nth + 2 < rows), split_stride, SPLITS)
+    h3 = _sum_splits(h + 3 * h_stride + offs_r, in_r & (nth + 3 < rows), split_stride, SPLITS)
+    return w_rn, h0, h1, h2, h3
+
+
+@triton.jit
 def _four_products(
     h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows 0 to 3 of h W, float32 (BLOCK_N,) each, by multiplying and adding: for few rows a tensor core's operands
-    cost more to lay out than the products. `rows`: 1 to 4; each has its own accumulator, so W is read once."""
+    cost more to lay out than the products. `rows`: 1 to 4. Nothing waits for a branch: all loads of a block of ranks
+    are under way at once, and the next block's during its products."""
     acc0 = tl.zeros((BLOCK_N,), tl.float32)
     acc1 = tl.zeros((BLOCK_N,), tl.float32)
     acc2 = tl.zeros((BLOCK_N,), tl.float32)
     acc3 = tl.zeros((BLOCK_N,), tl.float32)
+    w_rn, h0, h1, h2, h3 = _four_rows(
+        h, w, 0, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R
+    )  # fmt: skip
     for r_start in range(0, rank, BLOCK_R):
-        offs_r = r_start + tl.arange(0, BLOCK_R)
-        in_r = offs_r < rank
-        w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
-        w_rn = w_rn.to(tl.float32)
-        h0 = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
-        acc0 += tl.sum(h0[:, None] * w_rn, axis=0)
-        if rows > 1:
-            h1 = _sum_splits(h + h_stride + offs_r, in_r, split_stride, SPLITS)
-            acc1 += tl.sum(h1[:, None] * w_rn, axis=0)
-        if rows > 2:
-            h2 = _sum_splits(h + 2 * h_stride + offs_r, in_r, split_stride, SPLITS)
-            acc2 += tl.sum(h2[:, None] * w_rn, axis=0)
-        if rows > 3:
-            h3 = _sum_splits(h + 3 * h_stride + offs_r, in_r, split_stride, SPLITS)
-            acc3 += tl.sum(h3[:, None] * w_rn, axis=0)
+        w_now, now0, now1, now2, now3 = w_rn, h0, h1, h2, h3
+        if r_start + BLOCK_R < rank:
+            w_rn, h0, h1, h2, h3 = _four_rows(
+                h, w, r_start + BLOCK_R, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R
+            )  # fmt: skip
+        w_now = w_now.to(tl.float32)
+        acc0 += tl.sum(now0[:, None] * w_now, axis=0)
+        acc1 += tl.sum(now1[:, None] * w_now, axis=0)
+        acc2 += tl.sum(now2[:, None] * w_now, axis=0)
+        acc3 += tl.sum(now3[:, None] * w_now, axis=0)
     return acc0, acc1, acc2, acc3
 
 
@@ -219,53 +229,10 @@ def _add_row(y, offs_n, mask, old, delta):
 
 
 @triton.jit
-def _expand_four(
-    y, h, w, rank, rows, scale, start, width, split_stride, h_stride, y_stride,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    offs_n = start + tl.arange(0, BLOCK_N)
-    in_n = offs_n < width
-    nth = tl.zeros_like(offs_n)
-    n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
-    y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
-    y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
-    y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
-    y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
-    d0, d1, d2, d3 = _four_products(
-        h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
-    )  # fmt: skip
-    _add_row(y, offs_n, in_n, y0, scale * d0)
-    _add_row(y + y_stride, offs_n, n1, y1, scale * d1)
-    _add_row(y + 2 * y_stride, offs_n, n2, y2, scale * d2)
-    _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
-
-
-@triton.jit
-def _expand_dot(
-    y, h, w, rank, rows, scale, start, stop, width, split_stride, h_stride, y_stride,
-    SPLITS: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr, DOT_N: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.arange(0, DOT_M)
-    in_m = offs_m < rows
-    for n_start in range(start, tl.minimum(stop, width), DOT_N):
-        offs_n = n_start + tl.arange(0, DOT_N)
-        in_n = offs_n < width
-        y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-        y_mask = in_m[:, None] & in_n[None, :]
-        old = tl.load(y_mn, mask=y_mask, other=0.0)
-        delta = scale * _products(
-            h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, y.dtype.element_ty,
-            SPLITS, DOT_M, DOT_R, DOT_N,
-        )  # fmt: skip
-        tl.store(y_mn, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=y_mask)
-
-
-@triton.jit
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr,
-    DOT_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
@@ -283,26 +250,36 @@ def _expand_kernel(
         return
     h += first_row * h_stride + first
     y += first_row * y_stride + left
-    start = block * BLOCK_N
-    if DOT_N == 0:
-        _expand_four(
-            y, h, w, rank, rows, scale, start, width, split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N
-        )
-    elif BLOCK_M == 4:
-        if rank <= LOW_RANK:
-            _expand_four(
-                y, h, w, rank, rows, scale, start, width, split_stride, h_stride, y_stride, SPLITS, BLOCK_R, BLOCK_N
-            )  # fmt: skip
-        else:
-            _expand_dot(
-                y, h, w, rank, rows, scale, start, start + BLOCK_N, width, split_stride, h_stride, y_stride,
-                SPLITS, DOT_M, DOT_R, DOT_N,
-            )  # fmt: skip
-    else:
-        _expand_dot(
-            y, h, w, rank, rows, scale, start, start + BLOCK_N, width, split_stride, h_stride, y_stride,
-            SPLITS, DOT_M, DOT_R, DOT_N,
+    if BLOCK_M == 4:
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = offs_n < width
+        nth = tl.zeros_like(offs_n)
+        n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
+        y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
+        y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+        d0, d1, d2, d3 = _four_products(
+            h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
         )  # fmt: skip
+        _add_row(y, offs_n, in_n, y0, scale * d0)
+        _add_row(y + y_stride, offs_n, n1, y1, scale * d1)
+        _add_row(y + 2 * y_stride, offs_n, n2, y2, scale * d2)
+        _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
+    else:
+        offs_m = tl.arange(0, BLOCK_M)
+        in_m = offs_m < rows
+        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
+            offs_n = n_start + tl.arange(0, DOT_N)
+            in_n = offs_n < width
+            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+            y_mask = in_m[:, None] & in_n[None, :]
+            old = tl.load(y_mn, mask=y_mask, other=0.0)
+            delta = scale * _products(
+                h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, y.dtype.element_ty,
+                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+            )  # fmt: skip
+            tl.store(y_mn, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit
@@ -311,67 +288,15 @@ def _swiglu(gate, up):
 
 
 @triton.jit
-def _gated_row(z, y, offs_n, mask, width, gate_delta, up_delta):
-    gate = tl.load(y + offs_n, mask=mask, other=0.0).to(tl.float32) + gate_delta
-    up = tl.load(y + width + offs_n, mask=mask, other=0.0).to(tl.float32) + up_delta
+def _gated_row(z, offs_n, mask, gate, up):
     tl.store(z + offs_n, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gated_four(
-    z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start,
-    split_stride, h_stride, y_stride, z_stride,
-    WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    offs_n = start + tl.arange(0, BLOCK_N)
-    in_n = offs_n < WIDTH
-    nth = tl.zeros_like(offs_n)
-    g0, g1, g2, g3 = _four_products(
-        h, gate_w, gate_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
-    )  # fmt: skip
-    u0, u1, u2, u3 = _four_products(
-        h + gate_rank, up_w, up_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
-    )  # fmt: skip
-    _gated_row(z, y, offs_n, in_n, WIDTH, gate_scale * g0, up_scale * u0)
-    _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 1 < rows), WIDTH, gate_scale * g1, up_scale * u1)
-    z += 2 * z_stride
-    y += 2 * y_stride
-    _gated_row(z, y, offs_n, in_n & (nth + 2 < rows), WIDTH, gate_scale * g2, up_scale * u2)
-    _gated_row(z + z_stride, y + y_stride, offs_n, in_n & (nth + 3 < rows), WIDTH, gate_scale * g3, up_scale * u3)
-
-
-@triton.jit
-def _gated_dot(
-    z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start, stop,
-    split_stride, h_stride, y_stride, z_stride,
-    WIDTH: tl.constexpr, SPLITS: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr, DOT_N: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.arange(0, DOT_M)
-    in_m = offs_m < rows
-    for n_start in range(start, tl.minimum(stop, WIDTH), DOT_N):
-        offs_n = n_start + tl.arange(0, DOT_N)
-        in_n = offs_n < WIDTH
-        y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-        mask = in_m[:, None] & in_n[None, :]
-        gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32)
-        gate += gate_scale * _products(
-            h, gate_w, gate_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride, y.dtype.element_ty,
-            SPLITS, DOT_M, DOT_R, DOT_N,
-        )  # fmt: skip
-        up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32)
-        up += up_scale * _products(
-            h + gate_rank, up_w, up_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride,
-            y.dtype.element_ty, SPLITS, DOT_M, DOT_R, DOT_N,
-        )  # fmt: skip
-        z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
-        tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gated_kernel(
     z, y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride, z_stride,
-    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, DOT_M: tl.constexpr, DOT_R: tl.constexpr, DOT_N: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
 ):  # fmt: skip
     """z[rows, a block of columns] = silu(gate + its adapter's) * (up + its adapter's); gate and up lie side by side in
     y."""
@@ -382,9 +307,10 @@ def _gated_kernel(
             gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    block = tl.program_id(0)
     known = tl.maximum(slot, 0)
     gate_w, gate_rank, _, gate_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 0, 2, "b")
-    up_w, up_rank, _, up_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 1, 2, "b")
+    up_w, up_rank, up_first, up_scale = _factor(arena, table, scales, table_stride, scales_stride, known, 1, 2, "b")
     gate_rank = tl.where(slot < 0, 0, gate_rank)
     up_rank = tl.where(slot < 0, 0, up_rank)
     if PDL:
@@ -392,28 +318,54 @@ def _gated_kernel(
     h += first_row * h_stride
     y += first_row * y_stride
     z += first_row * z_stride
-    start = tl.program_id(0) * BLOCK_N
-    if DOT_N == 0:
-        _gated_four(
-            z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start,
-            split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, BLOCK_R, BLOCK_N,
+    if BLOCK_M == 4:
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = offs_n < WIDTH
+        nth = tl.zeros_like(offs_n)
+        n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
+        y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
+        y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+        g0, g1, g2, g3 = _four_products(
+            h, gate_w, gate_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
         )  # fmt: skip
-    elif BLOCK_M == 4:
-        if tl.maximum(gate_rank, up_rank) <= LOW_RANK:
-            _gated_four(
-                z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start,
-                split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, BLOCK_R, BLOCK_N,
-            )  # fmt: skip
-        else:
-            _gated_dot(
-                z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start, start + BLOCK_N,
-                split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, DOT_M, DOT_R, DOT_N,
-            )  # fmt: skip
+        g0 = y0.to(tl.float32) + gate_scale * g0
+        g1 = y1.to(tl.float32) + gate_scale * g1
+        g2 = y2.to(tl.float32) + gate_scale * g2
+        g3 = y3.to(tl.float32) + gate_scale * g3
+        y += WIDTH
+        y0 = tl.load(y + offs_n, mask=in_n, other=0.0)
+        y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
+        u0, u1, u2, u3 = _four_products(
+            h + up_first, up_w, up_rank, rows, offs_n, in_n, WIDTH, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
+        )  # fmt: skip
+        _gated_row(z, offs_n, in_n, g0, y0.to(tl.float32) + up_scale * u0)
+        _gated_row(z + z_stride, offs_n, n1, g1, y1.to(tl.float32) + up_scale * u1)
+        _gated_row(z + 2 * z_stride, offs_n, n2, g2, y2.to(tl.float32) + up_scale * u2)
+        _gated_row(z + 3 * z_stride, offs_n, n3, g3, y3.to(tl.float32) + up_scale * u3)
     else:
-        _gated_dot(
-            z, y, h, gate_w, up_w, gate_rank, up_rank, gate_scale, up_scale, rows, start, start + BLOCK_N,
-            split_stride, h_stride, y_stride, z_stride, WIDTH, SPLITS, DOT_M, DOT_R, DOT_N,
-        )  # fmt: skip
+        offs_m = tl.arange(0, BLOCK_M)
+        in_m = offs_m < rows
+        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH), DOT_N):
+            offs_n = n_start + tl.arange(0, DOT_N)
+            in_n = offs_n < WIDTH
+            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+            mask = in_m[:, None] & in_n[None, :]
+            gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32)
+            gate += gate_scale * _products(
+                h, gate_w, gate_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride, y.dtype.element_ty,
+                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+            )  # fmt: skip
+            up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32)
+            up += up_scale * _products(
+                h + up_first, up_w, up_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride,
+                y.dtype.element_ty, SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+            )  # fmt: skip
+            z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
+            tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -479,20 +431,10 @@ class Work(NamedTuple):
         return self.table.shape[1]
 
     @property
-    def kind(self) -> tuple[int, bool]:
-        """Key of the tables of block sizes."""
-        return self.block_m, self.block_m == DECODE_ROWS and self.max_rank > LOW_RANK.value
-
-    @property
     def strides(self) -> tuple[int, int]:
         """From slot to slot in table and scales, which may be a site's part of wider ones."""
         assert self.table.stride()[1:] == (4, 1) and self.scales.stride(1) == 1 and self.tiles.is_contiguous()
         return self.table.stride(0), self.scales.stride(0)
-
-
-def _products_options(sizes: dict[tuple[int, bool], dict[str, int]], work: Work) -> dict[str, int]:
-    """DOT_N 0: no tensor cores."""
-    return {"BLOCK_R": 0, "DOT_N": 0, "DOT_R": 0, "DOT_M": max(16, work.block_m)} | sizes[work.kind]
 
 
 def _blocks(widths: Sequence[int], size: int) -> tuple[int, ...]:
@@ -524,8 +466,8 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
 
 def _splits(work: Work, widths: Sequence[int]) -> tuple[int, int, dict[str, int]]:
     """(splits of x, columns of each, the further block sizes)."""
-    blocks = dict(SHRINK[work.kind])
-    chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS))
+    blocks = dict(SHRINK[work.block_m])
+    chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS[work.block_m]))
     chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
     return triton.cdiv(max(widths), chunk), chunk, blocks  # for every member, so that each column has all its splits
 
@@ -537,7 +479,7 @@ def _workspace(x: torch.Tensor, work: Work, splits: int) -> torch.Tensor:
 
 def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
     """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place."""
-    options = _products_options(EXPAND, work)
+    options = EXPAND[work.block_m]
     blocks = _blocks(widths, options["BLOCK_N"])
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
@@ -581,7 +523,7 @@ def gated(
     h = shrink(x, arena, work, "a", [x.shape[1]]) if adapted else _workspace(x, work, _splits(work, [x.shape[1]])[0])
     width = y.shape[1] // 2
     z = y.new_empty(y.shape[0], width)
-    options = _products_options(GATED, work)
+    options = GATED[work.block_m]
     _gated_kernel[(triton.cdiv(width, options["BLOCK_N"]), len(all_tiles))](
         z, y, h, arena, work.table, work.scales, all_tiles, *work.strides,
         h.stride(0), h.stride(1), y.stride(0), z.stride(0),

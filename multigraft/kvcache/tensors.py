@@ -38,6 +38,10 @@ class PagedKV:
 
     def rows_of(self, spans: Sequence[Span]) -> torch.Tensor:
         """(T,) where each of the spans' rows puts its key and value, as page * page_size + offset, on the device."""
+        return upload(torch.from_numpy(self.host_rows_of(spans)), self.k.device)
+
+    def host_rows_of(self, spans: Sequence[Span]) -> np.ndarray:
+        """As rows_of, on the host."""
         p = self.page_size
         rows = np.empty(sum(span.length for span in spans), dtype=np.int64)
         row = 0
@@ -49,7 +53,7 @@ class PagedKV:
                 positions = np.arange(span.start, span.stop)
                 rows[row:end] = np.asarray(pages)[positions // p] * p + positions % p
             row = end
-        return upload(torch.from_numpy(rows), self.k.device)
+        return rows
 
     def write(self, layer: int, rows: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Store the step's keys and values at `rows_of` its batch."""

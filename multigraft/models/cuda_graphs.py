@@ -18,6 +18,7 @@ from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import BASE, DECODE_ROWS, UNUSED, cut_tiles, max_tiles
 from multigraft.models.flashinfer import DecodeRows, FlashInferBackend, gather_pages
+from multigraft.models.graph_inputs import GraphInputs
 from multigraft.models.parallel import Counts, Group
 from multigraft.models.segments import CudaGrafts
 
@@ -54,11 +55,17 @@ class DecodeGraphs:
         self.attention = attention
         self.grafts = grafts
         self.sizes = padded_sizes(max_rows)
-        self._inputs = _Inputs(
-            max_rows=self.sizes[-1],
-            max_tiles=max_tiles(self.sizes[-1], grafts.bank.max_slots),
-            max_pages=self.sizes[-1] * -(-max_len // attention.kv.page_size),
-            device=attention.kv.k.device,
+        most = self.sizes[-1]
+        self._inputs = GraphInputs(
+            {
+                "ids": (np.int64, most),
+                "positions": (np.int64, most),
+                "late_rows": (np.int64, most),
+                "indptr": (np.int32, most + 1),
+                "tiles": (np.int32, 3 * max_tiles(most, grafts.bank.max_slots)),
+                "pages": (np.int32, most * -(-max_len // attention.kv.page_size)),  # most of it is not in use, nor sent
+            },
+            attention.kv.k.device,
         )
         dtype = attention.kv.k.dtype
         self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
@@ -105,26 +112,26 @@ class DecodeGraphs:
         n, p = len(spans), kv.page_size
         inputs.wait()
         starts = np.fromiter((s.start for s in spans), np.int64, n)
-        inputs.ids[:n] = np.fromiter((s.request.tokens[s.start] for s in spans), np.int64, n)
-        inputs.ids[n:size] = 0
-        inputs.late_rows[:size] = UNKNOWN
+        inputs["ids"][:n] = np.fromiter((s.request.tokens[s.start] for s in spans), np.int64, n)
+        inputs["ids"][n:size] = 0
+        inputs["late_rows"][:size] = UNKNOWN
         if late is not None:
-            inputs.late_rows[:n] = np.fromiter((late.row(s) for s in spans), np.int64, n)
-        inputs.positions[:n] = starts
-        inputs.positions[n:size] = 0
+            inputs["late_rows"][:n] = np.fromiter((late.row(s) for s in spans), np.int64, n)
+        inputs["positions"][:n] = starts
+        inputs["positions"][n:size] = 0
         counts = np.ones(size, dtype=np.int64)
         counts[:n] = starts // p + 1
         num_pages = int(counts[:n].sum())
-        inputs.pages[:num_pages] = gather_pages(spans, counts[:n])
-        inputs.pages[num_pages : num_pages + size - n] = kv.scratch_page
-        inputs.indptr[1 : size + 1] = counts.cumsum()
+        inputs["pages"][:num_pages] = gather_pages(spans, counts[:n])
+        inputs["pages"][num_pages : num_pages + size - n] = kv.scratch_page
+        inputs["indptr"][1 : size + 1] = counts.cumsum()
         # A decode row is its request's last position, so it is adapted if its span has a slot.
         row_slot = np.full(size, BASE, np.int32)
         row_slot[:n] = [BASE if s.slot is None else s.slot for s in spans]
         if not spans or (row_slot != BASE).any():
-            tiles = cut_tiles(row_slot, DECODE_ROWS)
-            inputs.tiles[:, 2] = UNUSED
-            inputs.tiles[: len(tiles)] = tiles
+            tiles, cut = inputs["tiles"].reshape(-1, 3), cut_tiles(row_slot, DECODE_ROWS)
+            tiles[:, 2] = UNUSED
+            tiles[: len(cut)] = cut
         inputs.send(num_pages + size - n)
 
     def _forward(self, size: int) -> None:
@@ -157,45 +164,6 @@ class DecodeGraphs:
                 self._graphs[size, kinds] = graph
                 if self._group is not None:
                     self._group.counts = {}  # not of the next one's pass outside
-
-
-class _Inputs:
-    """What a captured step reads, in one device buffer and its pinned twin on the host, which goes over in one copy."""
-
-    def __init__(self, *, max_rows: int, max_tiles: int, max_pages: int, device: torch.device):
-        fields = {
-            "ids": (np.int64, max_rows),
-            "positions": (np.int64, max_rows),
-            "late_rows": (np.int64, max_rows),
-            "indptr": (np.int32, max_rows + 1),
-            "tiles": (np.int32, 3 * max_tiles),
-            "pages": (np.int32, max_pages),  # last, as most of it is not in use and not copied
-        }
-        total = sum(np.dtype(dtype).itemsize * count for dtype, count in fields.values())
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
-        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
-        self.on_device: dict[str, torch.Tensor] = {}
-        views: dict[str, np.ndarray] = {}
-        start = 0
-        for name, (dtype, count) in fields.items():
-            stop = start + np.dtype(dtype).itemsize * count
-            views[name] = self._host.numpy()[start:stop].view(dtype)
-            self.on_device[name] = self._device[start:stop].view(torch.int64 if dtype is np.int64 else torch.int32)
-            self._pages_start, start = start, stop
-        self.ids, self.positions, self.late_rows = views["ids"], views["positions"], views["late_rows"]
-        self.indptr = views["indptr"]
-        self.tiles = views["tiles"].reshape(-1, 3)
-        self.pages = views["pages"]
-        self._copied = torch.cuda.Event()
-
-    def wait(self) -> None:
-        """Until the last copy is done, and the host's side may be written again."""
-        self._copied.synchronize()
-
-    def send(self, num_pages: int) -> None:
-        stop = self._pages_start + 4 * num_pages
-        self._device[:stop].copy_(self._host[:stop], non_blocking=True)
-        self._copied.record()
 
 
 def padded_sizes(max_rows: int) -> list[int]:

@@ -4,7 +4,7 @@ when it is used."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,32 @@ class DecodeRows:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class FixedSpans:
+    """Device buffers that a captured step reads its page tables from, prompts and decode rows alike."""
+
+    num_rows: int
+    row_indptr: torch.Tensor
+    """(spans + 1,) int32."""
+    page_indptr: torch.Tensor
+    """(spans + 1,) int32."""
+    pages: torch.Tensor
+    """int32, as many as the spans may have at most."""
+    last_page_len: torch.Tensor
+    """(spans,) int32."""
+    kv_rows: torch.Tensor
+    """(num_rows,) int64."""
+    wrappers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """FlashInfer's, by maths."""
+
+    @classmethod
+    def make(cls, num_spans: int, pages: torch.Tensor, kv_rows: torch.Tensor) -> FixedSpans:
+        def zeros(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=pages.device)
+
+        return cls(len(kv_rows), zeros(num_spans + 1), zeros(num_spans + 1), pages, zeros(num_spans), kv_rows)
+
+
 class FlashInferBackend:
     """Rows that decode and rows that prefill take a kernel each; layers that differ in scale, window or cap are
     planned apart.
@@ -93,6 +119,7 @@ class FlashInferBackend:
         self._decode_kernel: DecodeAttention = DecodeAttention(max_rows, num_heads, *kv.k.shape[3:], device=kv.k.device)
         self._prompts: _Prompts | None = None
         self._decode: DecodeRows | None = None
+        self._fixed: FixedSpans | None = None
 
     def begin(self, batch: Batch) -> None:
         self._plans_copied.synchronize()  # a wrapper keeps its plan in one pinned buffer, and the host may be ahead
@@ -100,11 +127,38 @@ class FlashInferBackend:
         decode = [s for s in batch.spans if s.phase is Phase.DECODE]
         self._prompts = _Prompts.of(prompts, self.kv) if prompts else None
         self._decode = DecodeRows.of(decode, self.kv) if decode else None
+        self._fixed = None
         self._planned.clear()
 
-    def begin_fixed(self, rows: DecodeRows) -> None:
-        """Prepare a step of decode rows alone, whose kernels read these buffers whenever they run."""
-        self._prompts, self._decode = None, rows
+    def begin_fixed(self, rows: DecodeRows | FixedSpans) -> None:
+        """Prepare to capture a step whose kernels read these buffers whenever they run: decode rows alone, or any."""
+        self._prompts = None
+        self._decode, self._fixed = (None, rows) if isinstance(rows, FixedSpans) else (rows, None)
+
+    def plan_fixed(self, fixed: FixedSpans, spans: Sequence[Span]) -> None:
+        """Fill the buffers, but for kv_rows, for the spans of a step that is to be captured or replayed; none: for as
+        many rows as it has at most."""
+        self._plans_copied.synchronize()
+        for maths in fixed.wrappers:
+            self._plan_fixed(fixed, maths, spans)
+
+    def _plan_fixed(self, fixed: FixedSpans, maths: tuple[Any, ...], spans: Sequence[Span]) -> None:
+        room = len(fixed.last_page_len)
+        lengths, stops = np.zeros(room, np.int32), np.zeros(room, np.int32)
+        if spans:
+            lengths[: len(spans)] = [s.length for s in spans]
+            stops[: len(spans)] = [s.stop for s in spans]
+        else:
+            lengths[:], stops[:] = 1, 1
+            lengths[0] = stops[0] = fixed.num_rows - room + 1
+        p = self.kv.page_size
+        counts = -(-stops // p)
+        pages = gather_pages(spans, counts[: len(spans)]) if spans else np.zeros(int(counts.sum()), np.int32)
+        _plan(
+            fixed.wrappers[maths], maths, self.kv, _indptr(lengths), _indptr(counts),
+            upload(torch.from_numpy(pages), self.kv.k.device), torch.from_numpy(stops - p * np.maximum(counts - 1, 0)),
+        )  # fmt: skip
+        self._plans_copied.record()
 
     def attend(
         self,
@@ -117,6 +171,10 @@ class FlashInferBackend:
         softcap: float | None,
     ) -> torch.Tensor:
         k_pages, v_pages = self.kv.k[layer], self.kv.v[layer]
+        if self._fixed is not None:
+            self.kv.write(layer, self._fixed.kv_rows, k_TKD, v_TKD)
+            wrapper = self._fixed_wrapper(self._fixed, (q_THD.shape[1], scaling, window, softcap))
+            return wrapper.run(q_THD.contiguous(), (k_pages, v_pages))
         n = 0 if self._prompts is None else self._prompts.num_rows
         out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         if self._prompts is not None:
@@ -137,19 +195,43 @@ class FlashInferBackend:
         wrapper = self._wrappers[maths]
         if maths not in self._planned:
             self._planned.add(maths)
-            num_heads, scaling, window, softcap = maths
-            _, _, page_size, num_kv_heads, head_dim = self.kv.k.shape
-            wrapper.plan(
-                prompts.row_indptr, prompts.page_indptr, prompts.pages, prompts.last_page_len,
-                num_heads, num_kv_heads, head_dim, page_size, causal=True,
-                sm_scale=scaling,
-                window_left=window - 1 if window else -1,
-                logits_soft_cap=softcap,
-                q_data_type=self.kv.k.dtype,
-                kv_data_type=self.kv.k.dtype,
-            )  # fmt: skip
+            p = prompts
+            _plan(wrapper, maths, self.kv, p.row_indptr, p.page_indptr, p.pages, p.last_page_len)
             self._plans_copied.record()
         return wrapper
+
+    def _fixed_wrapper(self, fixed: FixedSpans, maths: tuple[Any, ...]) -> Any:
+        """The wrapper for this maths; made, and planned for as many rows as there may be, before a capture."""
+        if maths not in fixed.wrappers:
+            fixed.wrappers[maths] = self._library.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace, "NHD", backend="fa2", use_cuda_graph=True,
+                qo_indptr_buf=fixed.row_indptr, paged_kv_indptr_buf=fixed.page_indptr,
+                paged_kv_indices_buf=fixed.pages, paged_kv_last_page_len_buf=fixed.last_page_len,
+            )  # fmt: skip
+            self._plan_fixed(fixed, maths, ())
+        return fixed.wrappers[maths]
+
+
+def _plan(
+    wrapper: Any,
+    maths: tuple[Any, ...],
+    kv: PagedKV,
+    row_indptr: torch.Tensor,
+    page_indptr: torch.Tensor,
+    pages: torch.Tensor,
+    last_page_len: torch.Tensor,
+) -> None:
+    num_heads, scaling, window, softcap = maths
+    _, _, page_size, num_kv_heads, head_dim = kv.k.shape
+    wrapper.plan(
+        row_indptr, page_indptr, pages, last_page_len, num_heads, num_kv_heads, head_dim, page_size,
+        causal=True,
+        sm_scale=scaling,
+        window_left=window - 1 if window else -1,
+        logits_soft_cap=softcap,
+        q_data_type=kv.k.dtype,
+        kv_data_type=kv.k.dtype,
+    )  # fmt: skip
 
 
 def gather_pages(spans: Sequence[Span], counts: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ from multigraft.core.request import PENDING
 from multigraft.kvcache.transfer import upload
 from multigraft.models.attention import AttentionBackend
 from multigraft.models.cuda_graphs import DecodeGraphs
-from multigraft.models.segments import NO_SLOT, CudaGrafts
+from multigraft.models.mixed_graphs import MixedGraphs
+from multigraft.models.rows import Rows
+from multigraft.models.segments import CudaGrafts
 
 if TYPE_CHECKING:
     from multigraft.models.cpu_grafts import CpuGrafts
@@ -57,7 +59,8 @@ class Runner:
         self.grafts = grafts
         self.device = device
         self.graphs: DecodeGraphs | None = None
-        """When set, runs the steps that it covers."""
+        self.mixed_graphs: MixedGraphs | None = None
+        """When set, run the steps that they cover."""
         self.announce: Callable[[Batch, LateTokens | None], None] | None = None
         """On rank 0 of a tensor-parallel engine: tells the other ranks to run the step."""
 
@@ -72,37 +75,17 @@ class Runner:
         """
         if self.announce is not None:
             self.announce(batch, late)
-        if riding is None and self.graphs is not None and self.graphs.covers(batch):
+        alone = riding is None
+        if alone and self.graphs is not None and self.graphs.covers(batch):
             return StepOutput(logits=self.graphs.run(batch, late), num_sampled=len(batch.spans), scored=[])
-        num_rows = batch.num_tokens
-        ids = np.empty(num_rows, dtype=np.int64)
-        positions = np.empty(num_rows, dtype=np.int64)
-        row_slot = np.full(num_rows, NO_SLOT, dtype=np.int32)
-        sampled: list[int] = []
-        scored_rows: list[int] = []
-        scored: list[tuple[int, int, int]] = []
-        row = 0
-        for i, span in enumerate(batch.spans):
-            request, end = span.request, row + span.length
-            if span.length == 1:
-                ids[row], positions[row] = request.tokens[span.start], span.start
-            else:
-                ids[row:end] = request.tokens[span.start : span.stop]
-                positions[row:end] = np.arange(span.start, span.stop)
-            if span.slot is not None:
-                for lo, hi in span.segments():
-                    row_slot[row + lo : row + hi] = span.slot
-            if span.samples:
-                sampled.append(end - 1)
-            if request.sampling.prompt_logprobs is not None and span.start < request.prompt_len - 1:
-                num = min(span.stop, request.prompt_len - 1) - span.start
-                scored.append((i, span.start, num))
-                scored_rows += range(row, row + num)
-            row = end
-        head_rows = np.array(sampled + scored_rows, dtype=np.int64)
+        rows = Rows.of(batch)
+        if alone and self.mixed_graphs is not None and self.mixed_graphs.covers(batch, rows):
+            logits = self.mixed_graphs.run(batch, rows, late)
+            return StepOutput(logits=logits, num_sampled=len(rows.sampled), scored=[])
+        head_rows = np.array(rows.sampled + rows.scored_rows, dtype=np.int64)
         self.attention.begin(batch)
-        self.grafts.begin(row_slot, head_rows)
-        input_ids = upload(torch.from_numpy(ids), self.device)
+        self.grafts.begin(rows.slots, head_rows)
+        input_ids = upload(torch.from_numpy(rows.ids), self.device)
         if late is not None:
             ends = np.cumsum([s.length for s in batch.spans]) - 1
             source = np.array([late.row(s) for s in batch.spans])
@@ -111,8 +94,8 @@ class Runner:
         with riding or nullcontext():
             logits = self.model(
                 input_ids=input_ids[None],
-                position_ids=upload(torch.from_numpy(positions), self.device)[None],
+                position_ids=upload(torch.from_numpy(rows.positions), self.device)[None],
                 use_cache=False,
                 logits_to_keep=upload(torch.from_numpy(head_rows), self.device),
             ).logits[0]
-        return StepOutput(logits=logits, num_sampled=len(sampled), scored=scored)
+        return StepOutput(logits=logits, num_sampled=len(rows.sampled), scored=rows.scored)

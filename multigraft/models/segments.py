@@ -14,12 +14,11 @@ from multigraft.adapters.site import Site, SiteKind
 from multigraft.kernels.tiles import BASE, DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
 from multigraft.kernels.train import embedding_forward
 from multigraft.kvcache.transfer import upload
+from multigraft.models.rows import NO_SLOT
 from multigraft.models.train_rows import TrainContext
 
 if TYPE_CHECKING:
     from multigraft.kernels.lora_triton import Work
-
-NO_SLOT = -1
 
 
 class CudaGrafts:

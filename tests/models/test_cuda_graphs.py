@@ -15,6 +15,7 @@ from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch
 from multigraft.kernels.tiles import max_tiles
 from multigraft.models.cuda_graphs import CAPTURED, padded_sizes
+from multigraft.models.rows import Rows
 from multigraft.models.runner import LateTokens
 from tests.engine.peft_cases import CASES, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
@@ -48,23 +49,27 @@ class Checked:
         self.runner.execute = self
         self.errors: list[float] = []
         self.plain_errors: list[float] = []
+        self.num_mixed = 0
         self.kinds: set[tuple[int, frozenset[SiteKind]]] = set()
 
     def __call__(self, batch: Batch, late: LateTokens | None = None, riding: object = None):
-        graphs = self.runner.graphs
-        if not graphs.covers(batch):
+        graphs, mixed = self.runner.graphs, self.runner.mixed_graphs
+        decodes = graphs.covers(batch)
+        if not decodes and not mixed.covers(batch, Rows.of(batch)):
             return self.execute(batch, late)
-        self.runner.graphs = None
+        self.runner.graphs = self.runner.mixed_graphs = None
         with torch.compiler.set_stance("force_eager"):
             plain = self.execute(batch, late).logits.clone()
-        compiled = self.execute(batch, late).logits.clone() if len(batch.spans) > 1 else plain
-        self.runner.graphs = graphs
+        compiled = self.execute(batch, late).logits.clone() if batch.num_tokens > 1 else plain
+        self.runner.graphs, self.runner.mixed_graphs = graphs, mixed
         output = self.execute(batch, late)
-        assert output.num_sampled == len(batch.spans) and output.logits.shape == plain.shape
+        assert output.num_sampled == sum(s.samples for s in batch.spans) and output.logits.shape == plain.shape
+        self.num_mixed += not decodes
         for expected, errors in ((compiled, self.errors), (plain, self.plain_errors)):
             errors += ((output.logits - expected).float().norm(dim=1) / expected.float().norm(dim=1)).tolist()
         slots = {s.slot for s in batch.spans if s.slot is not None}
-        self.kinds.add((len(batch.spans), self.runner.grafts.kinds(slots)))
+        if decodes:
+            self.kinds.add((len(batch.spans), self.runner.grafts.kinds(slots)))
         return output
 
 
@@ -88,7 +93,7 @@ def test_graphs_equal_plain_modules(tmp_path: Path):
         device="cuda",
         max_loras=4,
         max_num_seqs=40,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=200,
         lora_modules=tuple(f"{name}={path}" for name, path in adapters.items()),
         kv_cache_gib=0.05,
         adapter_memory_gib=0.05,
@@ -104,6 +109,7 @@ def test_graphs_equal_plain_modules(tmp_path: Path):
         for names in ([None] * 45, mixed, [cases[1].name] * 45, ["loreft", "direft"] * 22 + [None]):
             results = engine.generate(prompts, sampling, names)
             assert all(r.error is None for r in results)
+        assert checked.num_mixed > 20
         assert len(checked.kinds) > 20 and {kinds for _, kinds in checked.kinds} == set(CAPTURED)
         assert median(checked.errors) < MEDIAN and max(checked.errors) < MOST, max(checked.errors)
         assert median(checked.plain_errors) < 0.05 and max(checked.plain_errors) < 2 * MOST, max(checked.plain_errors)
