@@ -319,34 +319,36 @@ def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(names, c, strict=False)) for c in choices]
 
 
-CANDIDATES: dict[tuple[str, int], list[dict[str, int]]] = {
-    ("SHRINK", 4): options(
-        "BLOCK_K", (16, 128, 1, 4, 256), (16, 128, 2, 4, 256), (16, 64, 1, 6, 1024), (16, 128, 2, 4, 1024),
-        (16, 128, 2, 5, 2048), (8, 128, 2, 4, 256),
-    ),
-    ("SHRINK", 64): options("BLOCK_K", (64, 64, 4, 4, 1024)),
-    ("EXPAND", 4): [
-        lora_triton.EXPAND[4] | {"BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
-        for r, n, w in ((8, 1024, 4), (8, 256, 1), (8, 1024, 2), (8, 512, 1), (16, 512, 2), (4, 1024, 2), (4, 512, 2))
-    ],
-    ("GATED", 4): [
-        lora_triton.GATED[4] | {"BLOCK_R": r, "BLOCK_N": n, "num_warps": w}
-        for r, n, w in ((8, 1024, 4), (8, 256, 1), (8, 1024, 2), (4, 1024, 2), (4, 512, 2), (16, 512, 2))
-    ],
-    ("GATED", 64): [lora_triton.GATED[64] | {"DOT_N": 128, "BLOCK_R": 16}],
-    ("EXPAND", 64): [lora_triton.EXPAND[64] | {"BLOCK_N": 512, "num_warps": 2}],
+def changed(kernel: str, key: tuple[int, bool], *choices: tuple[int, ...]) -> list[dict[str, int]]:
+    """choices: BLOCK_R, BLOCK_N, DOT_N, STAGES, warps."""
+    names = ("BLOCK_R", "BLOCK_N", "DOT_N", "STAGES", "num_warps")
+    return [getattr(lora_triton, kernel)[key] | dict(zip(names, c, strict=True)) for c in choices]
+
+
+CANDIDATES: dict[tuple[str, tuple[int, bool]], list[dict[str, int]]] = {
+    ("SHRINK", (4, False)): options("BLOCK_K", (16, 64, 1, 6, 256), (8, 128, 2, 4, 256)),
+    ("SHRINK", (4, True)): options("BLOCK_K", (16, 64, 1, 6, 256), (16, 128, 2, 5, 2048)),
+    **{
+        (kernel, key): changed(kernel, key, *choices)
+        for kernel in ("EXPAND", "GATED")
+        for key, choices in {
+            (4, False): ((16, 1024, 128, 3, 4), (16, 2048, 256, 3, 4), (16, 512, 256, 3, 2)),
+            (4, True): (
+                (64, 2048, 128, 4, 4), (64, 512, 128, 3, 4), (64, 512, 64, 4, 2), (32, 1024, 256, 3, 4),
+                (64, 256, 128, 2, 4),
+            ),
+            (64, False): ((16, 1024, 128, 3, 4), (16, 512, 64, 3, 4), (16, 512, 128, 2, 8), (32, 1024, 128, 1, 4)),
+            (64, True): ((64, 1024, 128, 2, 8), (64, 512, 64, 3, 4), (32, 1024, 128, 1, 4)),
+        }.items()
+    },
 }  # fmt: skip
 TUNED_AT = {
-    4: (
-        ((8,) * 64, DECODE_ROWS),
-        ((8,) * 256, DECODE_ROWS),
-        ((64,) * 64, DECODE_ROWS),
-        ((8,), 2),
-        ((16,) * 4, 16),
-        ((64,) * 4, 16),
-        ((8,) * 63 + (128,), DECODE_ROWS),
-    ),
-    64: (((8,) * 64, PREFILL_ROWS), ((64,) * 16, PREFILL_ROWS)),
+    ("SHRINK", (4, False)): (((8,), 2), ((16,) * 4, 16), ((64,) * 4, 16)),
+    ("SHRINK", (4, True)): (((8,) * 64, DECODE_ROWS), ((8,) * 256, DECODE_ROWS), ((64,) * 64, DECODE_ROWS)),
+    (4, False): (((8,) * 64, DECODE_ROWS), ((8,) * 256, DECODE_ROWS), ((8,), 2), ((16,) * 4, 16)),
+    (4, True): (((64,) * 64, DECODE_ROWS), ((64,), 2), ((64,) * 4, 16), ((8,) * 63 + (128,), DECODE_ROWS)),
+    (64, False): (((8,) * 64, PREFILL_ROWS), ((8,) * 4, 1024)),
+    (64, True): (((64,) * 16, PREFILL_ROWS), ((8,) * 63 + (64,), PREFILL_ROWS)),
 }
 """Ranks of the adapters and rows at which block sizes are compared."""
 
@@ -354,21 +356,21 @@ TUNED_AT = {
 def tuning_rows(kernels: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Kernels alone, summed over one layer's sites (gated: with its shrink), for the present options (first) and the
     candidates."""
-    for (kernel, block_m), candidates in CANDIDATES.items():
+    for (kernel, key), candidates in CANDIDATES.items():
         if kernel not in kernels:
             continue
         table = getattr(lora_triton, kernel)
-        present = table[block_m]
+        present = table[key]
         for choice in (present, *candidates):
-            table[block_m] = choice
-            row: dict[str, Any] = {"kernel": kernel, "block_m": block_m, **choice}
-            for ranks, num_rows in TUNED_AT[block_m]:
+            table[key] = choice
+            row: dict[str, Any] = {"kernel": kernel, "key": key, **choice}
+            for ranks, num_rows in TUNED_AT.get((kernel, key)) or TUNED_AT[key]:
                 sites = ["gate_up"] if kernel == "GATED" else SITES
-                shapes = [Shape(site, num_rows, ranks, block_m) for site in sites]
+                shapes = [Shape(site, num_rows, ranks, key[0]) for site in sites]
                 row[f"us_{len(ranks)}x{max(ranks)}"] = sum(kernel_us(kernel, shape) for shape in shapes)
             print(row, flush=True)
             yield row
-        table[block_m] = present
+        table[key] = present
 
 
 def kernel_us(kernel: str, shape: Shape) -> float:

@@ -35,21 +35,33 @@ MAX_SPLITS = {4: 8, 64: 8}
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
-# Block sizes by rows a tile. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores.
-# Tiles of 4 rows are expanded without those; 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the
-# warps load at once, so that a thread holds all the ranks of its columns (else the sum over ranks goes through shared
-# memory, and takes three times as long).
+MANY_TILES = 32
+"""From so many on, shrink need not cut x into small pieces to fill the card, and who adds them up has less to read."""
+LOW_RANK = 16
+"""Up to it decode tiles are expanded without tensor cores."""
+
+# Block sizes by rows a tile; those of shrink also by whether there are MANY_TILES, the others by whether there may be
+# adapters above LOW_RANK. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores; 0:
+# without those. Then 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the warps load at once, so that
+# a thread holds all the ranks of its columns (else the sum over ranks goes through shared memory, and takes three times
+# as long).
 SHRINK = {
-    4: {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 256, "num_warps": 1, "num_stages": 6},
-    64: {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
+    (4, False): {"BLOCK_R": 16, "BLOCK_K": 128, "CHUNK": 256, "num_warps": 2, "num_stages": 4},
+    (4, True): {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 1024, "num_warps": 1, "num_stages": 6},
+    (64, False): {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
+    (64, True): {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    4: {"BLOCK_R": 8, "BLOCK_N": 512, "num_warps": 2, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 1024, "DOT_N": 128, "num_warps": 4, "num_stages": 1},
+    (4, False): {"BLOCK_R": 4, "BLOCK_N": 2048, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
+    (4, True): {"BLOCK_R": 64, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    (64, False): {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 1, "num_warps": 4},
+    (64, True): {"BLOCK_R": 64, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 1, "num_warps": 4},
 }
 GATED = {
-    4: {"BLOCK_R": 8, "BLOCK_N": 512, "num_warps": 2, "num_stages": 1},
-    64: {"BLOCK_R": 32, "BLOCK_N": 512, "DOT_N": 64, "num_warps": 8, "num_stages": 1},
+    (4, False): {"BLOCK_R": 4, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
+    (4, True): {"BLOCK_R": 64, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    (64, False): {"BLOCK_R": 16, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 1, "num_warps": 8},
+    (64, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 1, "num_warps": 8},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -162,65 +174,50 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _four_rows(
-    h, w, r_start, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """(BLOCK_R,) of h for rows 0 to 3, zeros past the last row, and W's rows (BLOCK_R, columns)."""
-    offs_r = r_start + tl.arange(0, BLOCK_R)
-    in_r = offs_r < rank
-    nth = tl.zeros_like(offs_r)
-    w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
-    h0 = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
-    h1 = _sum_splits(h + h_stride + offs_r, in_r & (nth + 1 < rows), split_stride, SPLITS)
-    h2 = _sum_splits(h + 2 * h_stride + offs_r, in_r & (nth + 2 < rows), split_stride, SPLITS)
-    h3 = _sum_splits(h + 3 * h_stride + offs_r, in_r & (nth + 3 < rows), split_stride, SPLITS)
-    return w_rn, h0, h1, h2, h3
-
-
-@triton.jit
 def _four_products(
     h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows 0 to 3 of h W, float32 (BLOCK_N,) each, by multiplying and adding: for few rows a tensor core's operands
-    cost more to lay out than the products. `rows`: 1 to 4. Nothing waits for a branch: all loads of a block of ranks
-    are under way at once, and the next block's during its products."""
+    cost more to lay out than the products. `rows`: 1 to 4; each has its own accumulator, so W is read once."""
     acc0 = tl.zeros((BLOCK_N,), tl.float32)
     acc1 = tl.zeros((BLOCK_N,), tl.float32)
     acc2 = tl.zeros((BLOCK_N,), tl.float32)
     acc3 = tl.zeros((BLOCK_N,), tl.float32)
-    w_rn, h0, h1, h2, h3 = _four_rows(
-        h, w, 0, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R
-    )  # fmt: skip
-    for r_start in range(0, rank, BLOCK_R):
-        w_now, now0, now1, now2, now3 = w_rn, h0, h1, h2, h3
-        if r_start + BLOCK_R < rank:
-            w_rn, h0, h1, h2, h3 = _four_rows(
-                h, w, r_start + BLOCK_R, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R
-            )  # fmt: skip
-        w_now = w_now.to(tl.float32)
-        acc0 += tl.sum(now0[:, None] * w_now, axis=0)
-        acc1 += tl.sum(now1[:, None] * w_now, axis=0)
-        acc2 += tl.sum(now2[:, None] * w_now, axis=0)
-        acc3 += tl.sum(now3[:, None] * w_now, axis=0)
-    return acc0, acc1, acc2, acc3
-
-
-@triton.jit
-def _products(
-    h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, dtype: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """h W, float32 (BLOCK_M, BLOCK_N), on tensor cores."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r_start in range(0, rank, BLOCK_R):
         offs_r = r_start + tl.arange(0, BLOCK_R)
         in_r = offs_r < rank
         w_rn = tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0)
-        h_mr = h + offs_m[:, None] * h_stride + offs_r[None, :]
-        h_mr = _sum_splits(h_mr, in_m[:, None] & in_r[None, :], split_stride, SPLITS)
-        acc = tl.dot(h_mr.to(dtype), w_rn.to(dtype), acc, input_precision="ieee")
-    return acc
+        w_rn = w_rn.to(tl.float32)
+        h0 = _sum_splits(h + offs_r, in_r, split_stride, SPLITS)
+        acc0 += tl.sum(h0[:, None] * w_rn, axis=0)
+        if rows > 1:
+            h1 = _sum_splits(h + h_stride + offs_r, in_r, split_stride, SPLITS)
+            acc1 += tl.sum(h1[:, None] * w_rn, axis=0)
+        if rows > 2:
+            h2 = _sum_splits(h + 2 * h_stride + offs_r, in_r, split_stride, SPLITS)
+            acc2 += tl.sum(h2[:, None] * w_rn, axis=0)
+        if rows > 3:
+            h3 = _sum_splits(h + 3 * h_stride + offs_r, in_r, split_stride, SPLITS)
+            acc3 += tl.sum(h3[:, None] * w_rn, axis=0)
+    return acc0, acc1, acc2, acc3
+
+
+@triton.jit
+def _tile_of_h(
+    h, r_start, rank, rows, split_stride, h_stride, dtype: tl.constexpr,
+    SPLITS: tl.constexpr, DOT_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m, offs_r = tl.arange(0, DOT_M), r_start + tl.arange(0, BLOCK_R)
+    mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
+    return _sum_splits(h + offs_m[:, None] * h_stride + offs_r[None, :], mask, split_stride, SPLITS).to(dtype)
+
+
+@triton.jit
+def _rows_of_w(w, r_start, rank, offs_n, width, dtype: tl.constexpr, BLOCK_R: tl.constexpr):
+    offs_r = r_start + tl.arange(0, BLOCK_R)
+    mask = (offs_r < rank)[:, None] & (offs_n < width)[None, :]
+    return tl.load(w + offs_r[:, None] * width + offs_n[None, :], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
@@ -232,7 +229,8 @@ def _add_row(y, offs_n, mask, old, delta):
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_M: tl.constexpr, DOT_N: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
@@ -250,7 +248,7 @@ def _expand_kernel(
         return
     h += first_row * h_stride + first
     y += first_row * y_stride + left
-    if BLOCK_M == 4:
+    if DOT_N == 0:
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = offs_n < width
         nth = tl.zeros_like(offs_n)
@@ -267,19 +265,22 @@ def _expand_kernel(
         _add_row(y + 2 * y_stride, offs_n, n2, y2, scale * d2)
         _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
     else:
-        offs_m = tl.arange(0, BLOCK_M)
+        # Tile by tile of W, the next ones under way, h at hand.
+        offs_m = tl.arange(0, DOT_M)
         in_m = offs_m < rows
-        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, width), DOT_N):
-            offs_n = n_start + tl.arange(0, DOT_N)
-            in_n = offs_n < width
-            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-            y_mask = in_m[:, None] & in_n[None, :]
-            old = tl.load(y_mn, mask=y_mask, other=0.0)
-            delta = scale * _products(
-                h, w, rank, offs_m, in_m, offs_n, in_n, width, split_stride, h_stride, y.dtype.element_ty,
-                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
+        stop = tl.minimum((block + 1) * BLOCK_N, width)
+        for r_start in range(0, rank, BLOCK_R):
+            h_mr = _tile_of_h(
+                h, r_start, rank, rows, split_stride, h_stride, y.dtype.element_ty, SPLITS, DOT_M, BLOCK_R
             )  # fmt: skip
-            tl.store(y_mn, (old.to(tl.float32) + delta).to(y.dtype.element_ty), mask=y_mask)
+            for n_start in tl.range(block * BLOCK_N, stop, DOT_N, num_stages=STAGES):
+                offs_n = n_start + tl.arange(0, DOT_N)
+                w_rn = _rows_of_w(w, r_start, rank, offs_n, width, y.dtype.element_ty, BLOCK_R)
+                y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+                y_mask = in_m[:, None] & (offs_n < width)[None, :]
+                old = tl.load(y_mn, mask=y_mask, other=0.0).to(tl.float32)
+                delta = scale * tl.dot(h_mr, w_rn, input_precision="ieee")
+                tl.store(y_mn, (old + delta).to(y.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit
@@ -295,8 +296,8 @@ def _gated_row(z, offs_n, mask, gate, up):
 @triton.jit
 def _gated_kernel(
     z, y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride, z_stride,
-    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr, DOT_N: tl.constexpr = 0,
+    WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT_M: tl.constexpr, DOT_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """z[rows, a block of columns] = silu(gate + its adapter's) * (up + its adapter's); gate and up lie side by side in
     y."""
@@ -318,7 +319,7 @@ def _gated_kernel(
     h += first_row * h_stride
     y += first_row * y_stride
     z += first_row * z_stride
-    if BLOCK_M == 4:
+    if DOT_N == 0:
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = offs_n < WIDTH
         nth = tl.zeros_like(offs_n)
@@ -347,23 +348,33 @@ def _gated_kernel(
         _gated_row(z + 2 * z_stride, offs_n, n2, g2, y2.to(tl.float32) + up_scale * u2)
         _gated_row(z + 3 * z_stride, offs_n, n3, g3, y3.to(tl.float32) + up_scale * u3)
     else:
-        offs_m = tl.arange(0, BLOCK_M)
+        offs_m = tl.arange(0, DOT_M)
         in_m = offs_m < rows
-        for n_start in range(block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH), DOT_N):
+        dtype: tl.constexpr = y.dtype.element_ty
+        rank = tl.maximum(gate_rank, up_rank)
+        gate_h = _tile_of_h(h, 0, gate_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
+        up_h = _tile_of_h(h + up_first, 0, up_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
+        for n_start in tl.range(
+            block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH), DOT_N, num_stages=STAGES
+        ):  # fmt: skip
             offs_n = n_start + tl.arange(0, DOT_N)
-            in_n = offs_n < WIDTH
+            gate_d = tl.dot(
+                gate_h, _rows_of_w(gate_w, 0, gate_rank, offs_n, WIDTH, dtype, BLOCK_R), input_precision="ieee"
+            )  # fmt: skip
+            up_d = tl.dot(up_h, _rows_of_w(up_w, 0, up_rank, offs_n, WIDTH, dtype, BLOCK_R), input_precision="ieee")
+            for r_start in range(BLOCK_R, rank, BLOCK_R):  # seldom
+                more_h = _tile_of_h(h, r_start, gate_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
+                w_rn = _rows_of_w(gate_w, r_start, gate_rank, offs_n, WIDTH, dtype, BLOCK_R)
+                gate_d = tl.dot(more_h, w_rn, gate_d, input_precision="ieee")
+                more_h = _tile_of_h(
+                    h + up_first, r_start, up_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R
+                )  # fmt: skip
+                w_rn = _rows_of_w(up_w, r_start, up_rank, offs_n, WIDTH, dtype, BLOCK_R)
+                up_d = tl.dot(more_h, w_rn, up_d, input_precision="ieee")
             y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-            mask = in_m[:, None] & in_n[None, :]
-            gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32)
-            gate += gate_scale * _products(
-                h, gate_w, gate_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride, y.dtype.element_ty,
-                SPLITS, BLOCK_M, BLOCK_R, DOT_N,
-            )  # fmt: skip
-            up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            up += up_scale * _products(
-                h + up_first, up_w, up_rank, offs_m, in_m, offs_n, in_n, WIDTH, split_stride, h_stride,
-                y.dtype.element_ty, SPLITS, BLOCK_M, BLOCK_R, DOT_N,
-            )  # fmt: skip
+            mask = in_m[:, None] & (offs_n < WIDTH)[None, :]
+            gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32) + gate_scale * gate_d
+            up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32) + up_scale * up_d
             z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
             tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
 
@@ -466,7 +477,7 @@ def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: 
 
 def _splits(work: Work, widths: Sequence[int]) -> tuple[int, int, dict[str, int]]:
     """(splits of x, columns of each, the further block sizes)."""
-    blocks = dict(SHRINK[work.block_m])
+    blocks = dict(SHRINK[work.block_m, len(work.tiles) >= MANY_TILES])
     chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS[work.block_m]))
     chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
     return triton.cdiv(max(widths), chunk), chunk, blocks  # for every member, so that each column has all its splits
@@ -479,12 +490,12 @@ def _workspace(x: torch.Tensor, work: Work, splits: int) -> torch.Tensor:
 
 def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
     """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place."""
-    options = EXPAND[work.block_m]
+    options = EXPAND[work.block_m, work.max_rank > LOW_RANK]
     blocks = _blocks(widths, options["BLOCK_N"])
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
         WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
-        BLOCK_M=work.block_m, **options, **_overlap(y.device),
+        DOT_M=max(16, work.block_m), **options, **_overlap(y.device),
     )  # fmt: skip
 
 
@@ -523,11 +534,11 @@ def gated(
     h = shrink(x, arena, work, "a", [x.shape[1]]) if adapted else _workspace(x, work, _splits(work, [x.shape[1]])[0])
     width = y.shape[1] // 2
     z = y.new_empty(y.shape[0], width)
-    options = GATED[work.block_m]
+    options = GATED[work.block_m, work.max_rank > LOW_RANK]
     _gated_kernel[(triton.cdiv(width, options["BLOCK_N"]), len(all_tiles))](
         z, y, h, arena, work.table, work.scales, all_tiles, *work.strides,
         h.stride(0), h.stride(1), y.stride(0), z.stride(0),
-        WIDTH=width, BASE=BASE, SPLITS=len(h), BLOCK_M=work.block_m, **options, **_overlap(y.device),
+        WIDTH=width, BASE=BASE, SPLITS=len(h), DOT_M=max(16, work.block_m), **options, **_overlap(y.device),
     )  # fmt: skip
     return z
 

@@ -30,6 +30,8 @@ SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 """Rows to capture. Larger steps keep the GPU busy for longer than their launches take the host."""
 SEGMENTS = 256
 """Runs of rows with one adapter, or none, that a step may have; with more it is launched kernel by kernel."""
+LONG = 8192
+"""Positions from which on a request's attention is worth splitting among processors, which captured steps do not."""
 CAPTURED = tuple(map(frozenset, ((), (SiteKind.LINEAR,), (SiteKind.LINEAR, SiteKind.RESIDUAL))))
 """Kinds of sites at which a graph has adapter operations; a step takes the first that has all it needs."""
 
@@ -89,6 +91,7 @@ class MixedGraphs:
             len(rows.ids) <= self.sizes[-1]
             and len(batch.spans) <= self.max_spans
             and not rows.scored
+            and rows.positions.max() < LONG
             and np.count_nonzero(np.diff(rows.slots)) + 2 <= SEGMENTS
             and self._kinds(batch) is not None
         )
