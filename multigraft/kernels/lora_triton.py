@@ -53,15 +53,15 @@ SHRINK = {
 }
 EXPAND = {
     (4, False): {"BLOCK_R": 4, "BLOCK_N": 2048, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
-    (4, True): {"BLOCK_R": 64, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
-    (64, False): {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 1, "num_warps": 4},
-    (64, True): {"BLOCK_R": 64, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 1, "num_warps": 4},
+    (4, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    (64, False): {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    (64, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 3, "num_warps": 4},
 }
 GATED = {
     (4, False): {"BLOCK_R": 4, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
-    (4, True): {"BLOCK_R": 64, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
-    (64, False): {"BLOCK_R": 16, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 1, "num_warps": 8},
-    (64, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 1, "num_warps": 8},
+    (4, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    (64, False): {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    (64, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 2, "num_warps": 8},
 }
 OUTER = {
     64: {"BLOCK_R": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -294,6 +294,18 @@ def _gated_row(z, offs_n, mask, gate, up):
 
 
 @triton.jit
+def _gated_tile(
+    z, y, offs_n, rows, WIDTH: tl.constexpr, y_stride, z_stride, gate_delta, up_delta, DOT_M: tl.constexpr
+):  # fmt: skip
+    offs_m = tl.arange(0, DOT_M)
+    mask = (offs_m < rows)[:, None] & (offs_n < WIDTH)[None, :]
+    y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
+    gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32) + gate_delta
+    up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32) + up_delta
+    tl.store(z + offs_m[:, None] * z_stride + offs_n[None, :], _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _gated_kernel(
     z, y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride, z_stride,
     WIDTH: tl.constexpr, BASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -348,35 +360,37 @@ def _gated_kernel(
         _gated_row(z + 2 * z_stride, offs_n, n2, g2, y2.to(tl.float32) + up_scale * u2)
         _gated_row(z + 3 * z_stride, offs_n, n3, g3, y3.to(tl.float32) + up_scale * u3)
     else:
-        offs_m = tl.arange(0, DOT_M)
-        in_m = offs_m < rows
         dtype: tl.constexpr = y.dtype.element_ty
-        rank = tl.maximum(gate_rank, up_rank)
+        start, stop = block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH)
         gate_h = _tile_of_h(h, 0, gate_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
         up_h = _tile_of_h(h + up_first, 0, up_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
-        for n_start in tl.range(
-            block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, WIDTH), DOT_N, num_stages=STAGES
-        ):  # fmt: skip
-            offs_n = n_start + tl.arange(0, DOT_N)
-            gate_d = tl.dot(
-                gate_h, _rows_of_w(gate_w, 0, gate_rank, offs_n, WIDTH, dtype, BLOCK_R), input_precision="ieee"
-            )  # fmt: skip
-            up_d = tl.dot(up_h, _rows_of_w(up_w, 0, up_rank, offs_n, WIDTH, dtype, BLOCK_R), input_precision="ieee")
-            for r_start in range(BLOCK_R, rank, BLOCK_R):  # seldom
-                more_h = _tile_of_h(h, r_start, gate_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
-                w_rn = _rows_of_w(gate_w, r_start, gate_rank, offs_n, WIDTH, dtype, BLOCK_R)
-                gate_d = tl.dot(more_h, w_rn, gate_d, input_precision="ieee")
-                more_h = _tile_of_h(
-                    h + up_first, r_start, up_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R
+        rank = tl.maximum(gate_rank, up_rank)
+        if rank <= BLOCK_R:  # no loop inside, so that the next tiles of W are under way
+            for n_start in tl.range(start, stop, DOT_N, num_stages=STAGES):
+                offs_n = n_start + tl.arange(0, DOT_N)
+                gate_w_rn = _rows_of_w(gate_w, 0, gate_rank, offs_n, WIDTH, dtype, BLOCK_R)
+                up_w_rn = _rows_of_w(up_w, 0, up_rank, offs_n, WIDTH, dtype, BLOCK_R)
+                gate_d = gate_scale * tl.dot(gate_h, gate_w_rn, input_precision="ieee")
+                up_d = up_scale * tl.dot(up_h, up_w_rn, input_precision="ieee")
+                _gated_tile(z, y, offs_n, rows, WIDTH, y_stride, z_stride, gate_d, up_d, DOT_M)
+        else:
+            for n_start in range(start, stop, DOT_N):
+                offs_n = n_start + tl.arange(0, DOT_N)
+                gate_d = tl.dot(
+                    gate_h, _rows_of_w(gate_w, 0, gate_rank, offs_n, WIDTH, dtype, BLOCK_R), input_precision="ieee"
                 )  # fmt: skip
-                w_rn = _rows_of_w(up_w, r_start, up_rank, offs_n, WIDTH, dtype, BLOCK_R)
-                up_d = tl.dot(more_h, w_rn, up_d, input_precision="ieee")
-            y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
-            mask = in_m[:, None] & (offs_n < WIDTH)[None, :]
-            gate = tl.load(y_mn, mask=mask, other=0.0).to(tl.float32) + gate_scale * gate_d
-            up = tl.load(y_mn + WIDTH, mask=mask, other=0.0).to(tl.float32) + up_scale * up_d
-            z_mn = z + offs_m[:, None] * z_stride + offs_n[None, :]
-            tl.store(z_mn, _swiglu(gate, up).to(z.dtype.element_ty), mask=mask)
+                up_d = tl.dot(up_h, _rows_of_w(up_w, 0, up_rank, offs_n, WIDTH, dtype, BLOCK_R), input_precision="ieee")
+                for r in range(BLOCK_R, rank, BLOCK_R):
+                    h_mr = _tile_of_h(h, r, gate_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
+                    w_rn = _rows_of_w(gate_w, r, gate_rank, offs_n, WIDTH, dtype, BLOCK_R)
+                    gate_d = tl.dot(h_mr, w_rn, gate_d, input_precision="ieee")
+                    h_mr = _tile_of_h(
+                        h + up_first, r, up_rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R
+                    )  # fmt: skip
+                    w_rn = _rows_of_w(up_w, r, up_rank, offs_n, WIDTH, dtype, BLOCK_R)
+                    up_d = tl.dot(h_mr, w_rn, up_d, input_precision="ieee")
+                gate_d, up_d = gate_scale * gate_d, up_scale * up_d
+                _gated_tile(z, y, offs_n, rows, WIDTH, y_stride, z_stride, gate_d, up_d, DOT_M)
 
 
 @triton.jit
