@@ -1,8 +1,9 @@
-"""An adapter's way from disk to the GPU, stage by stage: Llama-3.1-8B's shapes, LoRA on all linears.
+"""An adapter's way from disk to the GPU, stage by stage: Llama-3.1-8B's shapes, LoRA on all linears or DiReFT.
 
 Each stage is timed for --adapters adapters at once, with the GPU idle and with it busy (matrix products queued by a
 thread that holds the GIL as an engine's does, now and then). Milliseconds for each adapter, and GB/s of blocks.
 
+    inspect   the config and the header, by one thread; the first adapter's plan, which the others share, included
     read      disk to host memory by the store's threads, from a warm page cache
     first stage, stage   host memory to page-locked memory by the store's threads, which is what an adapter that is kept
               costs to load again; the first time with locking the blocks
@@ -11,12 +12,14 @@ thread that holds the GIL as an engine's does, now and then). Milliseconds for e
     lock      a new page-locked block by PyTorch's allocator, of another size each time so that none is used again
     register  a new block of huge pages, locked by cudaHostRegister
 
-    python -m benchmarks.gpu.adapter_loads [--adapters 64] [--rank 8] [--threads 1 4 8] [--device cuda] [--save]
+    python -m benchmarks.gpu.adapter_loads [--adapters 64] [--rank 8] [--threads 1 4 8] [--methods lora direft]
+        [--device cuda] [--save]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import tempfile
@@ -32,7 +35,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, finish, write_adapter
+from benchmarks.common import LLAMA_8B, finish, write_adapter, write_direft
 from multigraft.adapters import store as adapter_store
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.store import AdapterStore
@@ -65,7 +68,7 @@ def busy(device: torch.device) -> Iterator[None]:
 class LoadPath:
     """Adapters, a store and a bank."""
 
-    def __init__(self, args: argparse.Namespace, root: Path, threads: int):
+    def __init__(self, args: argparse.Namespace, root: Path, method: str, threads: int):
         config = transformers.AutoConfig.from_pretrained(root / "model")
         with torch.device("meta"):
             sites = find_sites(transformers.AutoModelForCausalLM.from_config(config))
@@ -74,7 +77,9 @@ class LoadPath:
         settings = AdapterConfig(max_cpu_loras=args.adapters, max_loras=args.adapters, max_lora_rank=args.rank)
         pin = self.device.type == "cuda"
         self.store = AdapterStore(sites, settings, torch.bfloat16, base_name="base", pin=pin)
-        self.refs = [self.store.register(f"a{i}", root / "source") for i in range(args.adapters)]
+        began = time.perf_counter()
+        self.refs = [self.store.register(f"a{i}", root / method) for i in range(args.adapters)]
+        self.inspect_seconds = time.perf_counter() - began
         self.nbytes = self.refs[0].nbytes
         self.bank = Bank(
             sites,
@@ -131,12 +136,13 @@ def register(nbytes: int) -> None:
 
 def measure(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     rows = []
-    for threads in args.threads:
+    for method, threads in itertools.product(args.methods, args.threads):
         for is_busy in (False, True)[: 2 if args.device == "cuda" else 1]:
-            path = LoadPath(args, root, threads)
+            path = LoadPath(args, root, method, threads)
             n, device = args.adapters, path.device
             with busy(device) if is_busy else nullcontext():
-                times = {"read": seconds(path.read), "first stage": seconds(path.stage), "stage": seconds(path.stage)}
+                times = {"inspect": path.inspect_seconds, "read": seconds(path.read)}
+                times |= {"first stage": seconds(path.stage), "stage": seconds(path.stage)}
                 began = time.perf_counter()
                 times["load"] = path.arrive()
                 times["arrive"] = time.perf_counter() - began
@@ -145,7 +151,7 @@ def measure(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
                         times[name] = seconds(lambda call=call, path=path: call(path.nbytes)) * n / LOCKED_BLOCKS
             path.store.close()
             for stage, spent in times.items():
-                row = {"threads": threads, "gpu_busy": is_busy, "stage": stage, "ms": 1e3 * spent / n}
+                row = {"method": method, "threads": threads, "gpu_busy": is_busy, "stage": stage, "ms": 1e3 * spent / n}
                 rows.append(row | {"gb_s": path.nbytes * n / spent / 1e9})
             print(rows[-1], flush=True)
     return rows
@@ -156,6 +162,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--methods", nargs="+", choices=["lora", "direft"], default=["lora", "direft"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
@@ -163,12 +170,14 @@ def main() -> None:
         root = Path(folder)
         (root / "model").mkdir()
         (root / "model" / "config.json").write_text(json.dumps(LLAMA_8B))
-        write_adapter(root / "source", transformers.AutoConfig.from_pretrained(root / "model"), args.rank, seed=0)
+        config = transformers.AutoConfig.from_pretrained(root / "model")
+        write_adapter(root / "lora", config, args.rank, seed=0)
+        write_direft(root / "direft", config, args.rank, seed=0)
         rows = measure(args, root)
-    table = Table("threads", "GPU", "stage", "ms each", "GB/s")
+    table = Table("method", "threads", "GPU", "stage", "ms each", "GB/s")
     for r in rows:
         gpu = "busy" if r["gpu_busy"] else "idle"
-        table.add_row(str(r["threads"]), gpu, r["stage"], f"{r['ms']:.2f}", f"{r['gb_s']:.1f}")
+        table.add_row(r["method"], str(r["threads"]), gpu, r["stage"], f"{r['ms']:.2f}", f"{r['gb_s']:.1f}")
     Console(width=100).print(table)
     finish("adapter_loads", {"adapters": args.adapters, "rank": args.rank, "device": args.device}, rows, save=args.save)
 

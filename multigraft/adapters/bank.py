@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
+import numpy as np
 import torch
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.kernels.lora import NO_OFFSET
 from multigraft.kernels.lora_gemm import Factors
 
+from .extents import Extents
 from .plan import ALIGN
 from .site import PackedAdapter, Site, SiteBlock
 
 LAYOUTS = 64
 """Layouts of adapters that are remembered: working one out takes longer than all else on the host's side of a load."""
+ROW_ALIGN = 16
+"""Triton compiles a kernel anew for strides, and for addresses in bytes, that 16 does not divide."""
 COMPACTION_CHUNK = 2**24
 """Elements moved at a time when extents are pushed together: bounds the temporary copy to 32 MiB in bf16."""
 
@@ -72,12 +76,14 @@ class _Tenant:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A slot's rows of `Bank.table` and `Bank.scales`, in host memory, for an extent at the arena's start."""
+    """What a slot's row of the bank is made from, in host memory."""
 
-    rows: torch.Tensor
-    is_offset: torch.Tensor
-    """As rows: 1 where an entry moves with the extent."""
-    scales: torch.Tensor
+    sites: dict[int, SiteBlock]
+    row: torch.Tensor
+    """For an extent at the arena's start."""
+    moves: torch.Tensor
+    """As row: 1 where an entry moves with the extent."""
+    max_rank: int
 
 
 class Bank:
@@ -94,6 +100,7 @@ class Bank:
     c is NO_OFFSET where the adapter has none.
     b_table: `table` as B is multiplied: where ranks gather rows of A (Site.gathered), with the gathered rank.
     scales: (sites, max_slots, max_members) float32 on the device.
+    The three are views of one matrix with a row for each slot, so that a load writes them with one copy.
     """
 
     def __init__(
@@ -111,20 +118,22 @@ class Bank:
         self.device = torch.device(device)
         self.capacity = capacity_bytes // dtype.itemsize // ALIGN * ALIGN
         self.arena = torch.zeros(self.capacity, dtype=dtype, device=self.device)
+        self._is_gathered = any(site.gathered > 1 for site in sites)
         members = max(len(site.members) for site in sites)
-        self.table = torch.zeros(len(sites), max_slots, members, 4, dtype=torch.int64, device=self.device)
-        self.b_table = self.table
-        if any(site.gathered > 1 for site in sites):
-            self.b_table = torch.zeros_like(self.table)
-        self.scales = torch.zeros(len(sites), max_slots, members, dtype=torch.float32, device=self.device)
+        self._shape = (len(sites), members, 4)
+        self._scales_width = -(-members // 4) * 4  # of a site: 16 bytes, as of ROW_ALIGN
+        width = len(sites) * (4 * members * (1 + self._is_gathered) + self._scales_width // 2)
+        self._rows = torch.zeros(max_slots, -(-width // ROW_ALIGN) * ROW_ALIGN, dtype=torch.int64, device=self.device)
+        self.table, self.b_table, self.scales = (part.transpose(0, 1) for part in self._parts(self._rows))
         self.version = 0
         """Grows with every change of a slot or an offset."""
         self._tenants: dict[int, _Tenant] = {}
         self._generation = [0] * max_slots
         self._max_rank = [0] * max_slots
+        self._extents = Extents(self.capacity)
         self._entries: list[dict[int, SiteBlock]] = [{} for _ in sites]
         self._factors: dict[int, dict[int, Factors | None]] = {}  # by slot, then site; views made at first use
-        self._layout = lru_cache(LAYOUTS)(self._lay_out)  # adapters of one config share one
+        self._layouts: dict[int, _Layout] = {}  # by the identity of what adapters of one config share
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._freed = torch.cuda.Event() if self._stream is not None else None
         self._mark_freed()
@@ -135,7 +144,7 @@ class Bank:
 
     @property
     def used_bytes(self) -> int:
-        return sum(t.numel for t in self._tenants.values()) * self.arena.element_size()
+        return (self.capacity - self._extents.free) * self.arena.element_size()
 
     @property
     def slots(self) -> list[int]:
@@ -159,19 +168,20 @@ class Bank:
         assert 0 <= slot < self.max_slots, slot
         numel = packed.block.numel()
         assert packed.block.dtype == self.arena.dtype and numel % ALIGN == 0
-        others = sum(t.numel for s, t in self._tenants.items() if s != slot)
-        if others + numel > self.capacity:
+        room = self._extents.free + (self._tenants[slot].numel if slot in self._tenants else 0)
+        if numel > room:
             size = self.arena.element_size()
             raise CapacityExceeded(
-                f"The adapter needs {packed.nbytes} bytes; {(self.capacity - others) * size} of the device's "
+                f"The adapter needs {packed.nbytes} bytes; {room * size} of the device's "
                 f"{self.capacity_bytes} bytes for adapters are free (--adapter-memory-gib)."
             )
         if slot in self._tenants:
             self.unload(slot)
-        start = self._first_fit(numel)
+        start = self._extents.take(numel)
         if start is None:
             self._compact()
-            start = others
+            start = self._extents.take(numel)
+            assert start is not None
         with self._own_stream():
             self.arena[start : start + numel].copy_(packed.block, non_blocking=True)
             tenant = _Tenant(start, numel, packed.sites, Load())
@@ -181,7 +191,7 @@ class Bank:
                 event.record()
                 tenant.load = Load(event)
         self._generation[slot] = self.version
-        self._max_rank[slot] = max((rank for block in packed.sites.values() for rank in block.ranks), default=0)
+        self._max_rank[slot] = self._layout(packed.sites).max_rank
         return tenant.load
 
     def unload(self, slot: int) -> None:
@@ -191,9 +201,8 @@ class Bank:
             return
         if not tenant.load.ready():
             self._join_loads()
-        self.table[:, slot].zero_()
-        self.b_table[:, slot].zero_()
-        self.scales[:, slot].zero_()
+        self._rows[slot].zero_()
+        self._extents.give(tenant.start, tenant.numel)
         for index in tenant.sites:
             del self._entries[index][slot]
         del self._factors[slot]
@@ -229,45 +238,53 @@ class Bank:
         """Record where a tenant lies, in the python tables and, on the current stream, in the device's."""
         for index, block in tenant.sites.items():
             self._entries[index][slot] = block
-        rows, scales = self._rows(tenant)
-        b_rows = rows.clone()
-        b_rows[..., 2] *= torch.tensor([site.gathered for site in self.sites])[:, None]
-        if self._stream is not None:
-            rows, b_rows, scales = rows.pin_memory(), b_rows.pin_memory(), scales.pin_memory()
-        self.table[:, slot].copy_(rows, non_blocking=True)
-        if self.b_table is not self.table:
-            self.b_table[:, slot].copy_(b_rows, non_blocking=True)
-        self.scales[:, slot].copy_(scales, non_blocking=True)
+        row = torch.empty(self._rows.shape[1], dtype=torch.int64, pin_memory=self._stream is not None)
+        self._rows[slot].copy_(self._row(tenant, out=row), non_blocking=True)
         self._tenants[slot] = tenant
         self._factors[slot] = {}
         self.version += 1
 
-    def _rows(self, tenant: _Tenant | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A slot's rows of `table` and `scales`, in host memory."""
-        layout = self._layout(tuple(tenant.sites.items()) if tenant else ())
-        return layout.rows + layout.is_offset * (tenant.start if tenant else 0), layout.scales.clone()
+    def _row(self, tenant: _Tenant, out: torch.Tensor) -> torch.Tensor:
+        """A tenant's row, in host memory."""
+        layout = self._layout(tenant.sites)
+        return torch.add(layout.row, layout.moves, alpha=tenant.start, out=out)
 
-    def _lay_out(self, blocks: tuple[tuple[int, SiteBlock], ...]) -> _Layout:
-        num_sites, _, members, width = self.table.shape
-        rows = torch.zeros(num_sites, members, width, dtype=torch.int64)
-        layout = _Layout(rows, torch.zeros_like(rows), torch.zeros(num_sites, members))
-        for index, block in blocks:
+    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of (n, width) rows: table and b_table, which may be the same, and scales, slots first."""
+        num_sites, members, _ = self._shape
+        size, width = math.prod(self._shape), num_sites * self._scales_width
+        tables = [rows[:, i * size : (i + 1) * size].unflatten(1, self._shape) for i in range(1 + self._is_gathered)]
+        scales = rows.view(torch.float32)[:, 2 * size * len(tables) :][:, :width]
+        return tables[0], tables[-1], scales.unflatten(1, (num_sites, -1))[..., :members]
+
+    def _layout(self, sites: dict[int, SiteBlock]) -> _Layout:
+        known = self._layouts.get(id(sites))
+        if known is None:
+            if len(self._layouts) == LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            # It keeps `sites` alive, so that no other has this id.
+            known = self._layouts[id(sites)] = self._lay_out(sites)
+        return known
+
+    def _lay_out(self, sites: dict[int, SiteBlock]) -> _Layout:
+        row, moves = torch.zeros(2, 1, self._rows.shape[1], dtype=torch.int64)
+        table, b_table, scales = (part[0].numpy() for part in self._parts(row))
+        moved, b_moved, _ = (part[0].numpy() for part in self._parts(moves))
+        for index, block in sites.items():
             a, c = block.a, block.c
-            for m, (rank, scale, b) in enumerate(zip(block.ranks, block.scales, block.b, strict=True)):
-                rows[index, m] = torch.tensor((a, b, rank, NO_OFFSET if c is None else c))
-                layout.is_offset[index, m] = torch.tensor((1, 1, 0, c is not None))
-                layout.scales[index, m] = scale
+            entries = []
+            for rank, b in zip(block.ranks, block.b, strict=True):
+                entries.append((a, b, rank, NO_OFFSET if c is None else c))
                 a += rank * self.sites[index].in_features
                 c = None if c is None else c + rank
-        return layout
-
-    def _first_fit(self, numel: int) -> int | None:
-        end = 0
-        for tenant in sorted(self._tenants.values(), key=lambda t: t.start):
-            if tenant.start - end >= numel:
-                return end
-            end = tenant.start + tenant.numel
-        return end if self.capacity - end >= numel else None
+            members = len(entries)
+            table[index, :members] = b_table[index, :members] = entries
+            moved[index, :members] = b_moved[index, :members] = (1, 1, 0, c is not None)
+            scales[index, :members] = block.scales
+        if self._is_gathered:
+            b_table[..., 2] *= np.array([site.gathered for site in self.sites])[:, None]
+        max_rank = max((rank for block in sites.values() for rank in block.ranks), default=0)
+        return _Layout(sites, row[0], moves[0], max_rank)
 
     def _compact(self) -> None:
         """Push all extents to the arena's start, in order."""
@@ -283,6 +300,8 @@ class Bank:
                 tenant.start = end
                 self._place(slot, tenant)
             end += tenant.numel
+        self._extents = Extents(self.capacity)
+        self._extents.take(end)
         self._mark_freed()
 
     def _own_stream(self) -> torch.cuda.StreamContext:
@@ -305,17 +324,20 @@ class Bank:
         """Assert that extents are disjoint and inside the arena, and that all tables agree."""
         for tenant in self._tenants.values():
             tenant.load.wait()
+        taken = [(t.start, t.start + t.numel) for t in self._tenants.values() if t.numel]
         end = 0
-        for tenant in sorted(self._tenants.values(), key=lambda t: t.start):
-            assert tenant.start >= end and tenant.start % ALIGN == 0, "extents overlap"
-            end = tenant.start + tenant.numel
-        assert end <= self.capacity, "an extent leaves the arena"
+        for start, stop in sorted(taken + self._extents.holes):
+            assert start == end and start % ALIGN == 0, "extents and holes overlap, or leave a gap"
+            end = stop
+        assert end == self.capacity, "an extent leaves the arena"
+        assert self._extents.free == self.capacity - sum(t.numel for t in self._tenants.values())
         assert set(self._factors) == set(self._tenants)
-        table, scales = self.table.cpu(), self.scales.cpu()
+        rows = self._rows.cpu()
         for slot in range(self.max_slots):
             tenant = self._tenants.get(slot)
             entries = {index: entries[slot] for index, entries in enumerate(self._entries) if slot in entries}
             assert entries == (tenant.sites if tenant else {}), f"slot {slot}: entries disagree"
-            rows, row_scales = self._rows(tenant)
-            assert torch.equal(table[:, slot], rows), f"slot {slot}: the device's table disagrees"
-            assert torch.equal(scales[:, slot], row_scales), f"slot {slot}: the device's scales disagree"
+            row = torch.zeros_like(rows[slot])
+            if tenant is not None:
+                self._row(tenant, out=row)
+            assert torch.equal(rows[slot], row), f"slot {slot}: the device's table or scales disagree"

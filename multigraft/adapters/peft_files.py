@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from multigraft.core.errors import AdapterError, InvalidRequest
 from multigraft.core.region import Region, Scope, as_scope
 
 from .fields import Fields
 from .lora import Lora
-from .plan import Method, Plan, pack
+from .packing import FilePlan
+from .plan import Method, Plan
 from .reft import Reft
 from .site import PackedAdapter, Site
+from .tensor_file import Buffers, RawHeader, Stored, TensorFile
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,21 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_CONFIG_BYTES = 2**22
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the types a weight may have."""
+PLANS = 64
+"""Plans that are remembered: making one takes longer than all else that `Inspector.inspect` does."""
 
 Fingerprint = tuple[tuple[int, int], ...]
 """Modification time (ns) and size of each of the two files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Of weights: what the header says, and what becomes of it."""
+
+    header: RawHeader
+    tensors: Mapping[str, Stored]
+    plans: tuple[FilePlan, ...]
+    """This rank's, then those of the further ranks of a tensor-parallel engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +64,14 @@ class AdapterSpec:
     folder: Path
     scope: Scope
     region: Region
-    plan: Plan
-    other_plans: tuple[Plan, ...]
-    """Of the further ranks of a tensor-parallel engine."""
+    contents: Contents
     base_model: str | None
     """The base model as the adapter names it: a hint, since the same model has many names."""
     fingerprint: Fingerprint
+
+    @property
+    def plan(self) -> Plan:
+        return self.contents.plans[0].plan
 
     @property
     def max_rank(self) -> int:
@@ -65,40 +79,47 @@ class AdapterSpec:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Exact size of the packed block, the largest of all ranks'."""
-        return max(plan.numel for plan in (self.plan, *self.other_plans)) * dtype.itemsize
+        return max(own.plan.numel for own in self.contents.plans) * dtype.itemsize
 
 
-def inspect(
-    folder: str | Path, sites: Sequence[Site], *, max_rank: int, other_ranks: Sequence[Sequence[Site]] = ()
-) -> AdapterSpec:
-    """Check the config and the tensors' names and shapes; AdapterError says what cannot be used, and why.
+class Inspector:
+    """Checks adapters for one base model; those of one config and one header share their `contents`. Thread-safe."""
 
-    other_ranks: the sites of each further rank of a tensor-parallel engine.
-    """
-    folder = Path(folder).expanduser().absolute()
-    with _blame(folder):
-        fingerprint = _fingerprint(folder)
-        fields = Fields(read_config(folder / CONFIG))
-        fields.ignore("task_type", "inference_mode", "revision", "auto_mapping", "peft_version")
-        base_model = fields.take("base_model_name_or_path")
-        scope = as_scope(fields.take("adapter_scope"), "adapter_scope")
-        peft_type = fields.take("peft_type")
-        method = METHODS.get(peft_type) if isinstance(peft_type, str) else None
-        if method is None:
-            raise AdapterError(f"peft_type is {peft_type!r}; supported: {', '.join(METHODS)}.")
-        parsed = method.parse(fields)
-        fields.finish()
-        shapes = _read_shapes(folder / WEIGHTS)
-        plan, *other_plans = (parsed.plan(shapes, own, max_rank=max_rank) for own in (sites, *other_ranks))
-        return AdapterSpec(
-            folder=folder,
-            scope=parsed.region.check(scope or parsed.region.scopes[0]),
-            region=parsed.region,
-            plan=plan,
-            other_plans=tuple(other_plans),
-            base_model=base_model,
-            fingerprint=fingerprint,
-        )
+    def __init__(self, sites: Sequence[Site], *, max_rank: int, other_ranks: Sequence[Sequence[Site]] = ()):
+        """other_ranks: the sites of each further rank of a tensor-parallel engine."""
+        self._ranks = (sites, *other_ranks)
+        self._max_rank = max_rank
+        self._contents = lru_cache(PLANS)(self._plan)
+
+    def inspect(self, folder: str | Path) -> AdapterSpec:
+        """Check the config and the tensors' names and shapes; AdapterError says what cannot be used, and why."""
+        folder = Path(folder).expanduser().absolute()
+        with _blame(folder):
+            fingerprint = _fingerprint(folder)
+            fields = Fields(read_config(folder / CONFIG))
+            fields.ignore("task_type", "inference_mode", "revision", "auto_mapping", "peft_version")
+            base_model = fields.take("base_model_name_or_path")
+            scope = as_scope(fields.take("adapter_scope"), "adapter_scope")
+            peft_type = fields.take("peft_type")
+            method = METHODS.get(peft_type) if isinstance(peft_type, str) else None
+            if method is None:
+                raise AdapterError(f"peft_type is {peft_type!r}; supported: {', '.join(METHODS)}.")
+            parsed = method.parse(fields)
+            fields.finish()
+            return AdapterSpec(
+                folder=folder,
+                scope=parsed.region.check(scope or parsed.region.scopes[0]),
+                region=parsed.region,
+                contents=self._contents(parsed, RawHeader.read(folder / WEIGHTS)),
+                base_model=base_model,
+                fingerprint=fingerprint,
+            )
+
+    def _plan(self, method: Method, header: RawHeader) -> Contents:
+        tensors = header.parse(WEIGHTS)
+        shapes = {key: stored.shape for key, stored in tensors.items()}
+        plans = (method.plan(shapes, sites, max_rank=self._max_rank) for sites in self._ranks)
+        return Contents(header, tensors, tuple(FilePlan.of(plan, tensors) for plan in plans))
 
 
 def read(
@@ -106,73 +127,44 @@ def read(
     dtype: torch.dtype,
     *,
     base_parameter: Callable[[str], torch.Tensor] | None = None,
+    buffers: Buffers | None = None,
 ) -> PackedAdapter:
     """Read the weights of an inspected adapter.
 
     base_parameter: finds a parameter of the base model by its path; with it, base weights that the file carries along
     are compared with the model's own. AdapterError when they differ, when a weight is not finite, or when the files
-    changed since they were inspected.
+    changed since they were inspected. buffers: where the file is read to.
     """
+    contents = spec.contents
     with _blame(spec.folder):
         _check_unchanged(spec)
         try:
-            with TensorFile(spec.folder / WEIGHTS) as tensors:
-                packed = pack(spec.plan, tensors.read, dtype)
-                others = tuple(pack(plan, tensors.read, dtype) for plan in spec.other_plans)
+            buffers = buffers or Buffers(keep=0)
+            with TensorFile.load(spec.folder / WEIGHTS, contents.header, contents.tensors, buffers) as file:
+                packed, *others = (plan.pack(file, dtype) for plan in contents.plans)
                 if base_parameter is not None:
                     for copy in spec.plan.base_copies:
-                        _check_base_copy(copy.key, tensors.read(copy.key), base_parameter(copy.parameter))
-                _warn_unless_orthonormal(spec, tensors)
+                        _check_base_copy(copy.key, file.read(copy.key), base_parameter(copy.parameter))
+                _warn_unless_orthonormal(spec, file)
         except (AdapterError, ValueError, KeyError):
             _check_unchanged(spec)  # the likelier cause, when another file was put in its place meanwhile
             raise
         _check_unchanged(spec)
-        return replace(packed, others=others)
+        return replace(packed, others=tuple(others))
 
 
-class TensorFile:
-    """Reads tensors of a safetensors file that `inspect` has validated.
-
-    With read(2) into buffers of our own: pages of a mapped file that somebody overwrites kill the process (SIGBUS), and
-    safetensors.torch.load holds the GIL, 30 ms for 60 MB, while requests of other adapters want to run.
-    """
-
-    def __init__(self, path: Path):
-        self._file = path.open("rb", buffering=0)
-        header_len = int.from_bytes(self._file.read(8), "little")
-        self._header = json.loads(self._file.read(header_len))
-        self._data = 8 + header_len
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def read(self, key: str) -> torch.Tensor:
-        entry = self._header[key]
-        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        buffer = memoryview(tensor.flatten().view(torch.uint8).numpy())
-        self._file.seek(self._data + entry["data_offsets"][0])
-        while buffer:
-            count = self._file.readinto(buffer)
-            if not count:
-                raise AdapterError(f"`{key}` is cut off.")
-            buffer = buffer[count:]
-        return tensor
-
-
-def _warn_unless_orthonormal(spec: AdapterSpec, tensors: TensorFile) -> None:
+def _warn_unless_orthonormal(spec: AdapterSpec, file: TensorFile) -> None:
     """Served as it is: the formula holds for any matrix, but the method was trained with orthonormal rows."""
-    worst, key = 0.0, ""
-    for name in spec.plan.orthonormal:
-        rows = tensors.read(name).float()
-        error = (rows @ rows.T - torch.eye(len(rows))).abs().max().item()
-        worst, key = max((worst, key), (error, name))
-    if worst > ORTHONORMAL_TOLERANCE:
+    names = spec.plan.orthonormal
+    if not names:
+        return
+    rows = torch.stack([file.read(name).float() for name in names])
+    errors = (rows @ rows.mT - torch.eye(rows.shape[1])).abs().amax((1, 2))
+    worst = int(errors.argmax())
+    if errors[worst] > ORTHONORMAL_TOLERANCE:
         log.warning(
             "Adapter at %s: the rows of `%s` should be orthonormal, and R R^T differs from 1 by %.3g.",
-            spec.folder, key, worst,
+            spec.folder, names[worst], errors[worst],
         )  # fmt: skip
 
 
@@ -242,18 +234,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise AdapterError(f"{CONFIG} must hold a JSON object, not {type(raw).__name__}.")
     return raw
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, from the header alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                entry = file.get_slice(key)
-                if entry.get_dtype() not in DTYPES:
-                    raise AdapterError(f"`{key}` is of type {entry.get_dtype()}; supported: {', '.join(DTYPES)}.")
-                shapes[key] = tuple(entry.get_shape())
-    except SafetensorError as e:
-        raise AdapterError(f"{WEIGHTS} is truncated or not a safetensors file: {e}.") from e
-    return shapes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -60,7 +61,7 @@ class Shard:
         return self.inputs != (0, self.whole_in)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Site:
     """Sibling modules that read the same input (q/k/v, gate/up), or a single one.
 
@@ -82,7 +83,7 @@ class Site:
         """Whether the members are a gated MLP's two linears, the gate first."""
         return tuple(path.rpartition(".")[2] for path in self.members) == GATE
 
-    @property
+    @cached_property
     def whole(self) -> Shard:
         """The shard, or all of the modules as one."""
         if self.shard is not None:

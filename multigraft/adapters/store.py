@@ -24,6 +24,7 @@ from . import peft_files
 from .names import check_name
 from .peft_files import CONFIG, AdapterSpec
 from .site import PackedAdapter, Site
+from .tensor_file import Buffers
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,6 @@ class AdapterStore:
         """base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
         pin: `stage` gives page-locked copies, for CUDA. base_parameter: see peft_files.read.
         other_ranks: the sites of each further rank of a tensor-parallel engine."""
-        self._sites = list(sites)
-        self._other_ranks = other_ranks
         self._config = config
         self._dtype = dtype
         self._base_name = base_name
@@ -97,6 +96,8 @@ class AdapterStore:
         self._max_host_bytes = max_host_bytes
         self._pin = pin
         self._base_parameter = base_parameter
+        self._inspector = peft_files.Inspector(sites, max_rank=config.max_lora_rank, other_ranks=other_ranks)
+        self._buffers = Buffers(keep=fetch_threads())
         self._lock = threading.RLock()
         self._names: dict[str, _Name] = {}
         self._versions: dict[int, _Version] = {}  # by uid
@@ -317,8 +318,7 @@ class AdapterStore:
         self, name: str, path: Path, scope: Scope | None, *, validate: bool
     ) -> tuple[_Version, PackedAdapter | None]:
         """Inspect a folder, read it if asked to, and make a version of it that is not registered yet."""
-        max_rank = self._config.max_lora_rank
-        spec = peft_files.inspect(path, self._sites, max_rank=max_rank, other_ranks=self._other_ranks)
+        spec = self._inspector.inspect(path)
         nbytes = spec.nbytes(self._dtype)
         if self._capacity_bytes is not None and nbytes > self._capacity_bytes:
             raise CapacityExceeded(
@@ -333,7 +333,7 @@ class AdapterStore:
 
     def _read(self, spec: AdapterSpec) -> PackedAdapter:
         try:
-            return peft_files.read(spec, self._dtype, base_parameter=self._base_parameter)
+            return peft_files.read(spec, self._dtype, base_parameter=self._base_parameter, buffers=self._buffers)
         finally:
             release_pool()  # these threads come and go; the engine's is the one that computes
 

@@ -7,6 +7,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from multigraft.adapters.peft_files import AdapterSpec, Inspector
 from multigraft.adapters.site import Site, SiteKind
 
 SHAPE = {
@@ -19,6 +20,10 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def inspect(folder: str | Path, sites: list[Site], *, max_rank: int) -> AdapterSpec:
+    return Inspector(sites, max_rank=max_rank).inspect(folder)
 
 
 def new_model(kind: str = "llama") -> torch.nn.Module:

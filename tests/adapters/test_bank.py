@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from multigraft.adapters.bank import Bank
-from multigraft.adapters.plan import ALIGN, MemberFactors, lay_out, pack
+from multigraft.adapters.packing import pack
+from multigraft.adapters.plan import ALIGN, MemberFactors, lay_out
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.errors import CapacityExceeded
 from multigraft.kernels.lora import NO_OFFSET

@@ -16,11 +16,11 @@ from peft.tuners.lora.variants import BdLoraLinearVariant
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from multigraft.adapters.peft_files import inspect, read
+from multigraft.adapters.peft_files import read
 from multigraft.adapters.site import Exchange, Shard, Site, SiteKind
 from multigraft.cli.main import app
 from multigraft.core.errors import AdapterError
-from tests.adapters.peft_folders import Saved, new_model, save_adapter
+from tests.adapters.peft_folders import Saved, inspect, new_model, save_adapter
 from tests.adapters.test_peft_files import deltas_of
 
 LISTS = {

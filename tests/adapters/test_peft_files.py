@@ -11,12 +11,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from multigraft.adapters.peft_files import TensorFile, inspect, read
+from multigraft.adapters.packing import FilePlan
+from multigraft.adapters.peft_files import Inspector, read
 from multigraft.adapters.plan import ALIGN
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
+from multigraft.adapters.tensor_file import Buffers
 from multigraft.core.errors import AdapterError
 from multigraft.core.request import Scope
-from tests.adapters.peft_folders import save_adapter
+from tests.adapters.peft_folders import inspect, save_adapter
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -391,14 +393,14 @@ def test_files_changed_after_inspection(change, make_folder, sites):
 
 def test_files_changed_while_they_are_read(make_folder, sites, monkeypatch):
     folder = make_folder()
-    spec, read_one = inspect(folder, sites, max_rank=8), TensorFile.read
+    spec, pack = inspect(folder, sites, max_rank=8), FilePlan.pack
 
-    def read_and_replace(file, key):
-        tensor = read_one(file, key)
+    def pack_and_replace(plan, file, dtype):
+        packed = pack(plan, file, dtype)
         os.utime(folder / "adapter_model.safetensors", ns=(1, 1))
-        return tensor
+        return packed
 
-    monkeypatch.setattr(TensorFile, "read", read_and_replace)
+    monkeypatch.setattr(FilePlan, "pack", pack_and_replace)
     with pytest.raises(AdapterError, match="changed on disk"):
         read(spec, torch.float32)
 
@@ -412,3 +414,86 @@ def test_inspect_is_fast(make_folder, sites):
         inspect(folder, sites, max_rank=8)
         times.append(time.perf_counter() - start)
     assert sorted(times)[5] < 0.01, "measured 0.5 ms; ten times that is another algorithm"
+
+
+REFERENCE_CASES = {
+    "layers": (LoraConfig(r=5, target_modules="all-linear"), torch.bfloat16, torch.bfloat16),
+    "cast": (LoraConfig(r=5, target_modules="all-linear"), torch.float32, torch.bfloat16),
+    "mixed types": (LoraConfig(r=3, target_modules=["q_proj", "up_proj", "embed_tokens"]), None, torch.float32),
+    "ranks": (
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"layers.1.*q_proj": 7}),
+        torch.float16,
+        torch.bfloat16,
+    ),
+}
+
+
+@pytest.mark.parametrize("columns", [2**17, 20], ids=["whole", "columns"])
+@pytest.mark.parametrize("name", REFERENCE_CASES)
+def test_block_has_the_bits_of_the_file(name, columns, tmp_path, monkeypatch):
+    """Against each factor by its own, cast by torch; padding is zero. Also with B cut into columns."""
+    monkeypatch.setattr("multigraft.adapters.packing.COPIED_AT_ONCE", columns)
+    config, stored, dtype = REFERENCE_CASES[name]
+    saved = save_adapter(tmp_path / "a", copy.deepcopy(config))
+    tensors = load_file(saved.folder / "adapter_model.safetensors")
+    types = (torch.float16, torch.float64, torch.bfloat16)
+    tensors = {key: t.to(stored or types[i % 3]) for i, (key, t) in enumerate(tensors.items())}
+    save_file(tensors, saved.folder / "adapter_model.safetensors")
+    packed = read(inspect(saved.folder, saved.sites, max_rank=8), dtype)
+    want = torch.zeros_like(packed.block)
+    for index, block in packed.sites.items():
+        site, a_at = saved.sites[index], block.a
+        suffixes = ("A", "B") if site.kind is SiteKind.EMBEDDING else ("A.weight", "B.weight")
+        infix = "lora_embedding_" if site.kind is SiteKind.EMBEDDING else "lora_"
+        for path, rank, b_at in zip(site.members, block.ranks, block.b, strict=True):
+            if rank:
+                a, b = (tensors[f"base_model.model.{path}.{infix}{suffix}"].to(dtype) for suffix in suffixes)
+                want[a_at : a_at + a.numel()] = a.flatten()
+                want[b_at : b_at + b.numel()] = b.T.flatten()
+                a_at += a.numel()
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    assert want.any() and torch.equal(packed.block.view(bits), want.view(bits))
+
+
+def test_adapters_of_one_config_share_their_plan_and_buffers(make_folder, sites):
+    """And a second adapter, read into the same memory, changes nothing of the first."""
+    inspector, buffers = Inspector(sites, max_rank=8), Buffers(keep=1)
+    one, two = make_folder("one"), make_folder("two", tensors=lambda t: [x.mul_(2) for x in t.values()])
+    other = make_folder("other", config={"lora_alpha": 5})
+    specs = [inspector.inspect(folder) for folder in (one, two, other)]
+    assert specs[0].contents is specs[1].contents and specs[2].plan.sites != specs[0].plan.sites
+    first = read(specs[0], torch.float32, buffers=buffers)
+    kept = first.block.clone()
+    second = read(specs[1], torch.float32, buffers=buffers)
+    assert torch.equal(first.block, kept) and torch.equal(second.block, 2 * kept) and kept.any()
+
+
+def _entry(text: str, **changes: object) -> str:
+    header = json.loads(text)
+    header[f"{Q0}.lora_A.weight"].update(changes)
+    return json.dumps(header)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: _entry(text, data_offsets=[0, 2**40]), "has 1099511627776 bytes"),
+        (lambda text: _entry(text, data_offsets=[-512, 0]), "lacks a type, shape or place"),
+        (lambda text: _entry(text, shape=[4, "32"]), "lacks a type, shape or place"),
+        (lambda text: _entry(text, data_offsets=[8, 520]), "of the data, not at"),
+        (lambda text: _entry(text, shape=[4, 16], data_offsets=[0, 256]), "of the data, not at"),
+        (lambda text: _entry(text, dtype=["F32"]), "is of type"),
+        (lambda text: "[]", "not an object"),
+        (lambda text: "{}", "its tensors have 0 bytes"),
+        (lambda text: '{"a": 1}', "lacks a type, shape or place"),
+        (lambda text: "[" * 100_000, "not JSON"),
+    ],
+)  # fmt: skip
+def test_headers_that_lie(edit, message, make_folder, sites):
+    path = make_folder() / "adapter_model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text = edit(content[8 : 8 + size].decode()).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(AdapterError, match=message):
+        inspect(path.parent, sites, max_rank=8)

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from multigraft import Engine, SamplingParams
-from multigraft.adapters.peft_files import inspect, read
+from multigraft.adapters.peft_files import read
 from multigraft.adapters.pyreft import import_pyreft
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.cli.main import app
 from multigraft.core.errors import AdapterError
 from multigraft.core.region import PromptEnds, Scope
+from tests.adapters.peft_folders import inspect
 from tests.tiny import build_checkpoint
 
 HIDDEN, RANK = 24, 3

@@ -14,7 +14,7 @@ from threading import get_ident
 import pytest
 
 from multigraft import AsyncEngine, SamplingParams, Scope
-from multigraft.adapters import peft_files
+from multigraft.adapters.peft_files import Inspector
 from multigraft.engine.offline import make_config
 from tests.engine.masked_reference import Reference
 from tests.engine.peft_cases import CASES, Case, write_adapter
@@ -136,8 +136,8 @@ def test_every_answer_is_what_a_model_without_cache_gives(
 ) -> None:
     rng = random.Random(seed)
     readers = []
-    inspect = peft_files.inspect
-    monkeypatch.setattr(peft_files, "inspect", lambda *a, **k: readers.append(get_ident()) or inspect(*a, **k))
+    inspect = Inspector.inspect
+    monkeypatch.setattr(Inspector, "inspect", lambda *a: readers.append(get_ident()) or inspect(*a))
     page_bytes = 2 * 3 * PAGE * 2 * 16 * 4  # k and v, layers, tokens, key/value heads, head size, float32
 
     async def run() -> list[Turn]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from multigraft.adapters import peft_files
-from multigraft.adapters.plan import pack
+from multigraft.adapters.packing import pack
 from multigraft.adapters.site import Site, SiteBlock
 from multigraft.training.microbatch import Microbatch, Sample
 
@@ -52,7 +52,7 @@ class FolderAdapter:
 
 
 def read(folder: Path, sites: Sequence[Site], dropout: float = 0.0) -> FolderAdapter:
-    spec = peft_files.inspect(folder, sites, max_rank=64)
+    spec = peft_files.Inspector(sites, max_rank=64).inspect(folder)
     tensors = load_file(folder / peft_files.WEIGHTS)
     return FolderAdapter(spec, pack(spec.plan, tensors.__getitem__, torch.float32).block.to(DEVICE), dropout)
 

@@ -49,7 +49,7 @@ def test_the_block_is_what_serving_packs_from_the_folder(adapter: dict, dtype: t
     world = World()
     trained = shaken(world, adapter)
     trained.save(tmp_path)
-    served = peft_files.inspect(tmp_path, world.sites, max_rank=MAX_RANK)
+    served = peft_files.Inspector(world.sites, max_rank=MAX_RANK).inspect(tmp_path)
     assert (served.scope, served.region) == (trained.scope, trained.region)
     assert served.plan.sites == trained.sites
     packed = peft_files.read(served, dtype).block
