@@ -124,13 +124,11 @@ def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, mo
     everything = [judge(choice, workload) for choice in space.choices(workload, profile)]
     exhaustive_s = time.perf_counter() - start
     best = min(everything, key=lambda outcome: outcome.rank)
+    chosen: dict[str, Choice | None]
     start = time.perf_counter()
     if models is None:  # what was measured is what there is to choose from
         tried = [try_out(outcome.choice, workload, profile) for outcome in everything]
-        chosen: dict[str, Choice | None] = {
-            "search": min(tried, key=lambda outcome: outcome.rank).choice,
-            "no margin": min(tried, key=lambda outcome: replace(outcome, slower=None).rank).choice,
-        }
+        chosen = {"search": best_of(tried), "no margin": best_of([replace(outcome, slower=None) for outcome in tried])}
     else:
         tried, chosen = [], {"search": search(workload, profile, space).choice}
     search_s = time.perf_counter() - start
@@ -150,11 +148,11 @@ def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, mo
         row["set_ups"] = [
             {
                 "choice": str(m.choice),
-                "measured": m.report.throughput,
-                "attained": m.report.attained,
+                "measured": round(m.report.throughput, 1),
+                "attained": round(m.report.attained, 3),
                 "holds": m.feasible,
-                "twin": t.report.throughput,
-                "twin_attained": t.report.attained,
+                "twin": round(t.report.throughput, 1),
+                "twin_attained": round(t.report.attained, 3),
                 "twin_holds": t.feasible,
                 "on_edge": t.on_edge,
             }
@@ -176,11 +174,20 @@ def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, mo
     return row
 
 
+def best_of(outcomes: Sequence[Outcome]) -> Choice | None:
+    """As search: None when nothing holds."""
+    best = min(outcomes, key=lambda outcome: outcome.rank)
+    return best.choice if best.feasible else None
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     ways = [way for way in WAYS if way in rows[0]]
     table = Table("workload", "set-ups", "feasible", "best tokens/s", *ways)
     for r in rows:
-        shares = [f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" for way in ways]
+        shares = [
+            f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" if r[way] else "none holds"
+            for way in ways
+        ]
         table.add_row(str(r["workload"]), str(r["choices"]), str(r["feasible"]), f"{r['best']:.0f}", *shares)
     Console().print(table)
 
