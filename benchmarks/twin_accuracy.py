@@ -154,14 +154,14 @@ class Machine:
 
 def measure(
     workload: Workload, config: EngineConfig, core: EngineCore, profile: Profile, seed: int
-) -> tuple[Report, Report, float]:
-    """(twin, measured, error of the summed step times under the measured steps without training)."""
+) -> tuple[Report, Report, float | None]:
+    """(twin, measured, error of the summed step times under the measured steps without training, if there are any)."""
     sizes = sized(workload, core)
     drive = Drive(core, sizes, seed=seed)
     steps = Steps(drive)
     measured = report(drive.run(timeout=600), "measured")
     pairs = [(s, t) for s, t in zip(steps.shapes, steps.seconds, strict=False) if not s.train_layers]
-    model_error = sum(profile.steps.predict(s) for s, _ in pairs) / max(sum(t for _, t in pairs), 1e-9) - 1
+    model_error = sum(profile.steps.predict(s) for s, _ in pairs) / sum(t for _, t in pairs) - 1 if pairs else None
     return report(simulate(sizes, profile, deployment(profile, config))), measured, model_error
 
 
@@ -268,7 +268,7 @@ def main() -> None:
     finish("twin_accuracy", settings, rows, save=args.save)
 
 
-def row(twin: Report, measured: Report, model_error: float) -> dict[str, Any]:
+def row(twin: Report, measured: Report, model_error: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {"workload": measured.workload, "requests": measured.requests}
     for d in compare(twin, measured):
         found |= {d.metric: d.measured, f"{d.metric}_error": d.relative, f"{d.metric}_smape": d.smape}
@@ -293,7 +293,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{1e3 * r['itl.mean']:.1f}",
             f"{r['itl.mean_error']:+.1%}",
             f"{r['loads']} / {r['twin_loads']}",
-            f"{r['step_time_error']:+.1%}",
+            "" if r["step_time_error"] is None else f"{r['step_time_error']:+.1%}",
             f"{r['starved']} / {r['twin_starved']}",
             f"{r['trained']:.0f} / {r['twin_trained']:.0f}",
         )
