@@ -16,8 +16,8 @@ PROMPT_SHARE = 0.1
 """Share of the time-to-first-token target that training may add to one step of a prompt, and the longest stretch of
 training alone, since the next request may arrive at its beginning."""
 FIRST_FIT, REFIT = 24, 96
-"""Observed steps before the first fit of the step-time model, and between the later ones; the former also of steps with
-training, before more than a layer of it is granted."""
+"""Observed steps before the first fit of the step-time model, and between the later ones; the former also of steps that
+train backward, which come after the forward ones, before more than a layer is granted."""
 MEMORY = 384
 """Latest steps that a fit looks at, of those with training and of those without."""
 
@@ -45,7 +45,8 @@ class TrainingShare:
     PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that. Without
     requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps observed
     and fit again as more of them come, so that both the engine's and the twin's decisions follow from what they saw;
-    before it has been fit to steps with training, a part is a single layer.
+    before it has been fit to steps with training of both directions, a part is a single layer: what it has not seen, it
+    takes for free.
     """
 
     def __init__(self, config: TrainingConfig, model: StepTimeModel | None = None):
@@ -55,7 +56,7 @@ class TrainingShare:
         """By which the parts granted so far lengthened their steps, as predicted; those before the first fit aside."""
         self._plain: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
         self._trained: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
-        """Kept apart, so that a long time without jobs does not make training look free."""
+        """Kept apart, so that a busy time without training does not make it look free."""
         self._until_fit = FIRST_FIT
         self._knows_training = model is not None
 
@@ -103,12 +104,15 @@ class TrainingShare:
             return
         (self._trained if shape.train_layers else self._plain).append((shape, seconds))
         self._until_fit -= 1
-        enough = len(self._trained) >= FIRST_FIT
-        if self._until_fit <= 0 or enough > self._knows_training:
+        learns = not self._knows_training and self._num_backward() >= FIRST_FIT
+        if self._until_fit <= 0 or learns:
             self.model = StepTimeModel.fit(*zip(*self._plain, *self._trained, strict=True))
-            self._until_fit, self._knows_training = REFIT, enough
+            self._until_fit, self._knows_training = REFIT, self._num_backward() >= FIRST_FIT
         elif self.model is not None:
             self.model.refine(shape, seconds)
+
+    def _num_backward(self) -> int:
+        return sum(shape.train_backward > 0 for shape, _ in self._trained)
 
 
 def _with(shape: StepShape, part: TrainPart) -> StepShape:
