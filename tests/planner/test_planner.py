@@ -164,7 +164,7 @@ def test_judged_placements_hold():
         assert {r.adapter for r in route.requests} <= set(placement.on(gpu))
     crowded = Placement(1, {a.name: {0: 1.0} for a in tenants.adapters})
     assert not accepted(judge(crowded, tenants, profile, deployment)[0], tenants.slo)
-    careful = replace(profile, margin=0.5)
+    careful = replace(profile, margin=1.0)
     roomy, roomy_reports = place_judged(tenants, careful, deployment)
     assert roomy.num_gpus > placement.num_gpus and roomy_reports == judge(roomy, tenants, profile, deployment)
     assert all(accepted(r, tenants.slo) for r in judge(roomy, tenants, careful.slower(), deployment))
@@ -228,13 +228,13 @@ def test_from_plan_to_server(files, monkeypatch):
 
 
 def test_plan_with_a_margin(files):
-    workload(11, duration=30).save(files / "tenants.jsonl")
+    workload(11, rate=0.2, duration=30).save(files / "tenants.jsonl")
     inputs = ("--profile", files / "profile.json", "--workload", files / "tenants.jsonl", "--how", "search")
-    code, output = run("plan", *inputs, "--margin", "0.25", "--output", files / "plan.json")
+    code, output = run("plan", *inputs, "--margin", "0.4", "--output", files / "plan.json")
     assert code == 0, output
-    assert "steps 25.0% longer" in output and "without the margin:" in output and "with the margin" in output
+    assert "steps 40.0% longer" in output and "without the margin:" in output and "with the margin" in output
     plan = Plan.load(files / "plan.json")
-    assert plan.margin == 0.25
+    assert plan.margin == 0.4
     code, output = run("plan", *inputs, "--output", files / "plan.json")
     assert code == 0 and "without the margin" not in output and Plan.load(files / "plan.json").margin == 0
     assert Plan.load(files / "plan.json").predicted["throughput"] > plan.predicted["throughput"]
