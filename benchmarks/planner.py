@@ -3,10 +3,13 @@
 By default the twin tries every set-up of a grid: how much of the best one's throughput do the search and the models
 reach, the latter alone and improved by the twin, and how long does it take? With --measure the real engine runs the
 set-ups of a small grid, in this process and with random adapters, and says how good the one is that the twin would
-choose of them; the profile is of this machine, which should be quiet.
+choose of them, with the profile's margin (search) and without it (no margin); the profile is of this machine, which
+should be quiet. The best is the best of those that hold.
 
     python -m benchmarks.planner [--profile FILE] [--workloads 6] [--save]
-    python -m benchmarks.planner --measure MODEL_FOLDER --profile FILE --workloads 3 --duration 10 --output 20 [--save]
+    python -m benchmarks.planner --measure MODEL --profile FILE --workloads 3 --duration 8 --output 20 --rate R [--save]
+
+R: such that what arrives is about what the machine can serve, for there the set-ups that hold end.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +44,7 @@ from multigraft.twin.report import Report, report
 from multigraft.twin.workload import Arrival, Workload
 from tests.planner.instances import cpu
 
-WAYS = ("search", "models", "confirmed")
+WAYS = ("search", "no margin", "models", "confirmed")
 Judge = Callable[[Choice, Workload], Outcome]
 
 
@@ -62,8 +66,8 @@ def held_out(seed: int, rate: float, duration: float, output: int) -> Workload:
 def grid(measured: bool) -> Space:
     """What is tried exhaustively: small where each try takes the workload's duration."""
     return Space(
-        num_adapters=(12, 24) if measured else (6, 12, 16, 20, 24),
-        max_loras=(4, 24) if measured else (4, 8, 16, 24),
+        num_adapters=(12, 16, 20, 24) if measured else (6, 12, 16, 20, 24),
+        max_loras=(24,) if measured else (4, 8, 16, 24),
         adapter_memory=(1.0,),
         max_num_seqs=(4, 24) if measured else (8, 16, 32, 64),
         max_num_batched_tokens=(512,) if measured else (256, 512, 1024, 2048),
@@ -115,21 +119,20 @@ def warm_up(workload: Workload) -> Workload:
     return replace(workload, requests=requests, jobs=())
 
 
-def compare(
-    workload: Workload, profile: Profile, space: Space, judge: Judge, models: Models | None
-) -> dict[str, float | str]:
+def compare(workload: Workload, profile: Profile, space: Space, judge: Judge, models: Models | None) -> dict[str, Any]:
     start = time.perf_counter()
     everything = [judge(choice, workload) for choice in space.choices(workload, profile)]
     exhaustive_s = time.perf_counter() - start
     best = min(everything, key=lambda outcome: outcome.rank)
+    chosen: dict[str, Choice | None]
     start = time.perf_counter()
     if models is None:  # what was measured is what there is to choose from
         tried = [try_out(outcome.choice, workload, profile) for outcome in everything]
-        found = min(tried, key=lambda outcome: outcome.rank).choice
+        chosen = {"search": best_of(tried), "no margin": best_of([replace(outcome, slower=None) for outcome in tried])}
     else:
-        tried, found = [], search(workload, profile, space).choice
+        tried, chosen = [], {"search": search(workload, profile, space).choice}
     search_s = time.perf_counter() - start
-    row: dict[str, float | str] = {
+    row: dict[str, Any] = {
         "workload": workload.name,
         "choices": len(everything),
         "feasible": sum(outcome.feasible for outcome in everything),
@@ -141,7 +144,20 @@ def compare(
         ratios = [t.report.throughput / m.report.throughput for t, m in zip(tried, everything, strict=True)]
         row["twin_error"] = statistics.mean(abs(ratio - 1) for ratio in ratios)
         row["same_verdict"] = sum(t.feasible == m.feasible for t, m in zip(tried, everything, strict=True))
-    chosen: dict[str, Choice | None] = {"search": found}
+        row["wrongly_feasible"] = sum(t.feasible > m.feasible for t, m in zip(tried, everything, strict=True))
+        row["set_ups"] = [
+            {
+                "choice": str(m.choice),
+                "measured": round(m.report.throughput, 1),
+                "attained": round(m.report.attained, 3),
+                "holds": m.feasible,
+                "twin": round(t.report.throughput, 1),
+                "twin_attained": round(t.report.attained, 3),
+                "twin_holds": t.feasible,
+                "on_edge": t.on_edge,
+            }
+            for t, m in zip(tried, everything, strict=True)
+        ]
     if models is not None:
         start = time.perf_counter()
         try:
@@ -158,11 +174,20 @@ def compare(
     return row
 
 
-def show(rows: Sequence[dict[str, float | str]]) -> None:
+def best_of(outcomes: Sequence[Outcome]) -> Choice | None:
+    """As search: None when nothing holds."""
+    best = min(outcomes, key=lambda outcome: outcome.rank)
+    return best.choice if best.feasible else None
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
     ways = [way for way in WAYS if way in rows[0]]
     table = Table("workload", "set-ups", "feasible", "best tokens/s", *ways)
     for r in rows:
-        shares = [f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" for way in ways]
+        shares = [
+            f"{r[way]:.1%}{'' if r[f'{way}_holds'] else ' starving or late'}" if r[way] else "none holds"
+            for way in ways
+        ]
         table.add_row(str(r["workload"]), str(r["choices"]), str(r["feasible"]), f"{r['best']:.0f}", *shares)
     Console().print(table)
 
@@ -171,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--measure", metavar="MODEL")
+    parser.add_argument("--margin", type=float, help="in place of the profile's")
     parser.add_argument("--workloads", type=int, default=6)
     parser.add_argument("--duration", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=0.12, help="requests a second and adapter in the first workload")
@@ -181,6 +207,7 @@ def main() -> None:
     if args.measure and not args.profile:
         parser.error("--measure needs the --profile that `multigraft calibrate` wrote on this machine")
     profile = Profile.load(args.profile) if args.profile else cpu()
+    profile = profile if args.margin is None else replace(profile, margin=args.margin)
     space = grid(bool(args.measure))
     training = [held_out(seed, args.rate * (1 + seed / 4), args.duration, args.output) for seed in range(4)]
     models = None if args.measure else Models.fit(training, profile, examples=args.examples)
@@ -200,6 +227,8 @@ def main() -> None:
         "hardware": dict(profile.hardware),
         "judge": "engine" if args.measure else "twin",
         "duration": args.duration,
+        "margin": profile.margin,
+        "profile_errors": dict(profile.errors),
     }
     finish("planner", settings | {"models": errors}, rows, save=args.save)
 

@@ -4,7 +4,7 @@ Calibrates first, unless the file --profile is there, and saves the profile in i
 Then each workload runs for --seconds of arrivals through the engine (random adapters, ServeGen's rates, some with a
 fine-tuning job beside them) and through the twin, under the same configuration.
 Prints the plain relative error and the halved SMAPE of the published twins, for every workload, and ends in one JSON
-line. A workload during which the machine was slow, by a fixed step timed before and behind it, or other processes
+line. A workload during which the machine was slow, by fixed steps timed before and behind it, or other processes
 computed, is run again up to twice; the least disturbed run counts, whatever it says.
 
     python -m benchmarks.twin_accuracy MODEL DATA_FOLDER [--profile P] [--seconds 12] [--smoke] [--save]
@@ -42,7 +42,7 @@ from benchmarks.common import LLAMA_8B, finish
 from multigraft.calibration.calibrate import calibrate, write_adapter
 from multigraft.calibration.drive import Drive, sized
 from multigraft.calibration.points import PointRunner
-from multigraft.calibration.speed import TOLERANCE, others_seconds, probe
+from multigraft.calibration.speed import TOLERANCE, others_seconds, probe, slowness
 from multigraft.core.config import EngineConfig, TrainingConfig
 from multigraft.engine import parts as engine_parts
 from multigraft.engine.core import EngineCore
@@ -149,20 +149,20 @@ class Machine:
         found = run()
         share = (others_seconds() - others) / (time.monotonic() - begun)
         self._probes.append(probe(self._runner))
-        slow = max(self._probes[-2:]) / min(self._probes) - 1
+        slow = max(slowness(self._probes)[-2:]) - 1
         return found, max(share / OTHERS, slow / (TOLERANCE - 1))
 
 
 def measure(
     workload: Workload, config: EngineConfig, core: EngineCore, profile: Profile, seed: int
-) -> tuple[Report, Report, float]:
-    """(twin, measured, error of the summed step times under the measured steps without training)."""
+) -> tuple[Report, Report, float | None]:
+    """(twin, measured, error of the summed step times under the measured steps without training, if there are any)."""
     sizes = sized(workload, core)
     drive = Drive(core, sizes, seed=seed)
     steps = Steps(drive)
     measured = report(drive.run(timeout=600), "measured")
     pairs = [(s, t) for s, t in zip(steps.shapes, steps.seconds, strict=False) if not s.train_layers]
-    model_error = sum(profile.steps.predict(s) for s, _ in pairs) / max(sum(t for _, t in pairs), 1e-9) - 1
+    model_error = sum(profile.steps.predict(s) for s, _ in pairs) / sum(t for _, t in pairs) - 1 if pairs else None
     return report(simulate(sizes, profile, deployment(profile, config))), measured, model_error
 
 
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--train-memory-gib", type=float)
     parser.add_argument("--microbatch", type=int, default=256, help="rows of a pass of the fine-tuning jobs")
     parser.add_argument("--workloads", type=int, help="so many of them, evenly chosen")
+    parser.add_argument("--only", default="", metavar="WORD", help="those with this in their names: job, prefill, r64")
     parser.add_argument("--attempts", type=int, default=3, help="runs of a workload that was disturbed, at most")
     parser.add_argument("--smoke", action="store_true", help="three short workloads: whether it runs, not how well")
     parser.add_argument("--save", action="store_true")
@@ -226,6 +227,11 @@ def main() -> None:
         gc.collect()  # the engine that calibrated; its memory is needed
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    everything = workloads(args.seconds, capacity_of(profile, config), args.data, args.microbatch)
+    found = [workload for workload in everything if args.only in workload.name]
+    if not found:
+        parser.error(f"no workload has {args.only!r} in its name")
+    count = min(len(found), 3 if args.smoke else args.workloads or len(found))
     rows = []
     pairs: list[tuple[Report, Report]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -236,8 +242,6 @@ def main() -> None:
         core = EngineCore(parts)
         core.start()
         machine = Machine(core)
-        found = list(workloads(args.seconds, capacity_of(profile, config), args.data, args.microbatch))
-        count = 3 if args.smoke else args.workloads or len(found)
         for workload in found[:: len(found) // count][:count]:
             begun, runs = time.monotonic(), []
             while len(runs) < args.attempts and (not runs or runs[-1][1] > 1):
@@ -256,6 +260,7 @@ def main() -> None:
         "model": args.model if args.model == "random-8b" else Path(args.model).name,
         "hardware": dict(profile.hardware),
         "seconds": args.seconds,
+        "only": args.only,
         "profile_errors": dict(profile.errors),
         "starvation_macro_f1": round(macro_f1(predicted, actual), 4),
         "starved_share": round(sum(actual) / len(actual), 4),
@@ -267,7 +272,7 @@ def main() -> None:
     finish("twin_accuracy", settings, rows, save=args.save)
 
 
-def row(twin: Report, measured: Report, model_error: float) -> dict[str, Any]:
+def row(twin: Report, measured: Report, model_error: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {"workload": measured.workload, "requests": measured.requests}
     for d in compare(twin, measured):
         found |= {d.metric: d.measured, f"{d.metric}_error": d.relative, f"{d.metric}_smape": d.smape}
@@ -292,7 +297,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{1e3 * r['itl.mean']:.1f}",
             f"{r['itl.mean_error']:+.1%}",
             f"{r['loads']} / {r['twin_loads']}",
-            f"{r['step_time_error']:+.1%}",
+            "" if r["step_time_error"] is None else f"{r['step_time_error']:+.1%}",
             f"{r['starved']} / {r['twin_starved']}",
             f"{r['trained']:.0f} / {r['twin_trained']:.0f}",
         )

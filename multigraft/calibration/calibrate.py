@@ -30,7 +30,7 @@ from multigraft.twin.profile import LoadTimes, Memory, Profile, these_versions, 
 from .jobs import random_job
 from .load_times import measure_loads
 from .points import DesignedShare, Plan, PointRunner, Timed, draw_point
-from .speed import calm, probe
+from .speed import Probe, calm, probe, slower, slowness
 
 RANKS = (8, 16, 32, 64)
 SLOTS = 64
@@ -50,7 +50,10 @@ HELD_OUT = 5
 COLD = 3
 """The first so many points are not counted."""
 
-Point = tuple[float, list[Timed]]
+LATE = 0.9
+"""Quantile of what points take longer than predicted that is the profile's margin."""
+
+Point = tuple[Probe, list[Timed]]
 """The slower probe before and behind it (see speed), and its steps."""
 Progress = Callable[[str, float], None]
 """Told what is being done, and the share that is done."""
@@ -100,6 +103,7 @@ def calibrate(
     held_out = kept[::HELD_OUT]
     fitted = [step for i, timed in enumerate(kept) if i % HELD_OUT for step in timed]
     steps = StepTimeModel.fit(*zip(*fitted, strict=True), robust=True)
+    found = errors(steps, held_out) | {"left_out": 1 - sum(counted) / len(counted)}
     loaded = parts.loaded
     return Profile(
         model=loaded.name,
@@ -113,7 +117,8 @@ def calibrate(
         launch=statistics.median(runner.launches) if runner.launches else 0.0,
         num_layers=loaded.model.config.get_text_config().num_hidden_layers,
         train_rows=parts.trainer.memory.max_rows,
-        errors=errors(steps, held_out) | {"left_out": 1 - sum(counted) / len(counted)},
+        errors=found,
+        margin=max(found["late_prompts"], found["late_decodes"]),
     )
 
 
@@ -121,8 +126,8 @@ def errors(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> dict[str,
     """Relative errors on held-out points: of single steps, and of the points' whole times, where noise cancels."""
     steps = [abs(e) for point in points for e in model.errors(*zip(*point, strict=True))]
     sums = [abs(sum(model.predict(s) for s, _ in point) / sum(t for _, t in point) - 1) for point in points]
-    if not steps:
-        return {}
+    prompts = [[timed for timed in point if timed[0].prefill_rows] for point in points]
+    decodes = [[timed for timed in point if timed[0].decode_rows and not timed[0].prefill_rows] for point in points]
     return {
         "held_out_steps": len(steps),
         "step_mean": statistics.mean(steps),
@@ -131,7 +136,15 @@ def errors(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> dict[str,
         "step_worst": max(steps),
         "point_mean": statistics.mean(sums),
         "point_worst": max(sums),
+        "late_prompts": lateness(model, prompts),
+        "late_decodes": lateness(model, decodes),
     }
+
+
+def lateness(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> float:
+    """By what share of its prediction a point takes longer: the quantile LATE of all points, or 0 if that is less."""
+    late = [sum(t for _, t in point) / sum(model.predict(s) for s, _ in point) - 1 for point in points if point]
+    return max(0.0, sorted(late)[int(LATE * len(late))]) if late else 0.0
 
 
 # Adapters ------------------------------------------------------------------------------------------------------
@@ -177,12 +190,13 @@ def _register(parts: EngineParts, folder: Path, progress: Progress) -> list[list
 
 
 def _measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]]) -> LoadTimes:
-    rounds = []
+    rounds, probes = [], []
     for _ in range(LOAD_ROUNDS):
         before = probe(runner)
-        loads = measure_loads(core, runner, names)
-        rounds.append((max(before, probe(runner)), loads))
-    return min(rounds, key=lambda r: r[0])[1]
+        rounds.append(measure_loads(core, runner, names))
+        probes.append(slower(before, probe(runner)))
+    factors = slowness(probes)
+    return rounds[factors.index(min(factors))]
 
 
 # Steps ---------------------------------------------------------------------------------------------------------
@@ -199,7 +213,7 @@ def _measure_steps(
         plans = draw_point(runner.rng, names, core)
         runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
         timed, after = runner.run(plans), probe(runner)
-        points.append((max(before, after), timed))
+        points.append((slower(before, after), timed))
         before = after
     return points[COLD:]
 
@@ -228,7 +242,7 @@ def _measure_training(
         core.post(partial(trainer.stop, job.id))
         left.result(120)
         timed, after = share.take(), probe(runner)
-        points.append((max(before, after), timed))
+        points.append((slower(before, after), timed))
         before = after
     return points
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +19,9 @@ from multigraft.core.errors import CapacityExceeded, InvalidRequest, MultigraftE
 from .serve import user_errors
 
 if TYPE_CHECKING:
+    from multigraft.planner.choice import Choice
     from multigraft.planner.placement import Loads, Placement
+    from multigraft.planner.plan import Plan
     from multigraft.planner.search import Outcome, Progress
     from multigraft.twin.profile import Profile
     from multigraft.twin.report import Report
@@ -36,6 +40,13 @@ multigraft place --profile profile.json --workload tenants.yaml --gpus 4   [dim]
 
 multigraft place --profile profile.json --workload today.yaml --previous placement.json   [dim]# with few moves[/dim]"""
 
+Margin = Annotated[
+    str,
+    typer.Option(
+        help="By what share steps may take longer than the profile says, and all must still hold; auto: the profile's "
+        "own error."
+    ),
+]
 ProfileFile = Annotated[Path, typer.Option(help="What `multigraft calibrate` wrote.")]
 WorkloadFile = Annotated[
     Path, typer.Option(help="Description (.yaml, .json), trace of ours or Mooncake's (.jsonl), or Azure's (.csv).")
@@ -62,6 +73,7 @@ def plan(
     output: Annotated[Path, typer.Option(help="File to write, for `multigraft serve --auto-plan`.")] = Path(
         "plan.json"
     ),
+    margin: Margin = "auto",
     seed: Annotated[int, typer.Option(help="Of the choices that are tried.")] = 0,
 ) -> None:
     """Choose adapters per GPU, slots, KV share, batch limits and training share: most throughput, nobody starving,
@@ -69,11 +81,11 @@ def plan(
     with user_errors():
         from multigraft.planner.plan import Plan
 
-        known, wanted = _inputs(profile, workload)
+        known, wanted = _inputs(profile, workload, margin)
         found, why = choose(wanted, known, how, seed)
         planned = Plan.of(found, wanted, known, why)
         planned.save(output)
-    _show_plan(found, wanted, planned.flags, why)
+    _show_plan(found, wanted, planned, why)
     typer.echo(f"Wrote {output}")
 
 
@@ -84,9 +96,11 @@ def choose(wanted: Workload, known: Profile, how: How, seed: int = 0) -> tuple[O
     from multigraft.planner.search import binding, improved, search, try_out
 
     space = Space.of(wanted, known)
+    tried: dict[Choice, Outcome] = {}
     with _progress() as progress:
-        found = None if how is How.MODELS else search(wanted, known, space, seed=seed, progress=progress)
+        found = None if how is How.MODELS else search(wanted, known, space, seed=seed, progress=progress, tried=tried)
         if found is not None and how is How.SEARCH:
+            _tell_edge(tried)
             return found, {}
         models = Models.fit([wanted], known, seed=seed, progress=progress)
         try:
@@ -95,8 +109,9 @@ def choose(wanted: Workload, known: Profile, how: How, seed: int = 0) -> tuple[O
             if found is None:
                 raise
             typer.echo("The models find nothing that serves everyone; the search does.", err=True)
+            _tell_edge(tried)
             return found, models.explain(found.choice, wanted, known)
-        confirmed = improved(advised, wanted, known, space, progress)
+        confirmed = improved(advised, wanted, known, space, progress, tried)
     if not confirmed.feasible:
         raise CapacityExceeded(f"What the models advise does not hold in the twin: {binding(confirmed)}.")
     best = confirmed if found is None else min(found, confirmed, key=lambda outcome: outcome.rank)
@@ -105,7 +120,20 @@ def choose(wanted: Workload, known: Profile, how: How, seed: int = 0) -> tuple[O
             share = outcome.report.throughput / best.report.throughput
             holds = "" if outcome.feasible else f", but {binding(outcome)}"
             typer.echo(f"{name}: {share:.1%} of the best throughput found{holds}", err=True)
+    _tell_edge(tried)
     return best, models.explain(best.choice, wanted, known)
+
+
+def _tell_edge(tried: Mapping[Choice, Outcome]) -> None:
+    from multigraft.planner.search import binding, over_the_edge
+
+    if (edge := over_the_edge(tried)) is not None:
+        c, r = edge.choice, edge.report
+        typer.echo(
+            f"without the margin: {r.throughput:.0f} tokens/s with {c.num_adapters} adapters, {c.max_loras} slots, "
+            f"max_num_seqs {c.max_num_seqs}, max_num_batched_tokens {c.max_num_batched_tokens}; but {binding(edge)}",
+            err=True,
+        )
 
 
 def place(
@@ -118,6 +146,7 @@ def place(
     judge: Annotated[bool, typer.Option(help="Let the twin run every GPU, and fill them less until all hold.")] = True,
     compare: Annotated[bool, typer.Option(help="Show what other methods need.")] = False,
     exact: Annotated[bool, typer.Option(help="Also solve exactly, for a handful of adapters.")] = False,
+    margin: Margin = "auto",
     output: Annotated[Path, typer.Option(help="File to write, for the cluster deployment.")] = Path("placement.json"),
     max_loras: Annotated[int, typer.Option(help="Adapters on a GPU at once, without --plan.")] = 16,
     max_num_seqs: Annotated[int, typer.Option(help="Requests running on a GPU at once, without --plan.")] = 256,
@@ -125,7 +154,7 @@ def place(
 ) -> None:
     """Place the workload's adapters on the fewest GPUs, or on a given number."""
     with user_errors():
-        known, wanted = _inputs(profile, workload)
+        known, wanted = _inputs(profile, workload, margin)
         from multigraft.planner import packing
         from multigraft.planner.baselines import BASELINES
         from multigraft.planner.choice import demands_of
@@ -186,12 +215,12 @@ def planned_flags(path: Path) -> Mapping[str, Any]:
         )
     known, wanted = _inputs(profile, path)
     found, why = choose(wanted, known, How.BOTH)
-    flags = Plan.of(found, wanted, known).flags
-    _show_plan(found, wanted, flags, why)
-    return flags
+    planned = Plan.of(found, wanted, known)
+    _show_plan(found, wanted, planned, why)
+    return planned.flags
 
 
-def _inputs(profile: Path, workload: Path) -> tuple[Profile, Workload]:
+def _inputs(profile: Path, workload: Path, margin: str = "auto") -> tuple[Profile, Workload]:
     for package in ("scipy", "sklearn"):
         if importlib.util.find_spec(package) is None:
             raise MultigraftError(f"Planning needs {package}: pip install 'multigraft[plan]'.")
@@ -201,7 +230,19 @@ def _inputs(profile: Path, workload: Path) -> tuple[Profile, Workload]:
     known, wanted = Profile.load(profile), read_workload(workload)
     for line in known.differences(this_machine(known.hardware.get("device")), these_versions()):
         typer.secho(f"The profile was made elsewhere: {line}.", err=True, fg="yellow")
+    if margin != "auto":
+        known = replace(known, margin=_share(margin))
     return known, wanted
+
+
+def _share(margin: str) -> float:
+    try:
+        share = float(margin)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < math.inf:
+        raise InvalidRequest(f"margin is {margin!r}; it must be auto or a share of a step's time, as 0.1.")
+    return share
 
 
 @contextlib.contextmanager
@@ -218,7 +259,7 @@ def _progress() -> Iterator[Progress]:
         yield update
 
 
-def _show_plan(found: Outcome, wanted: Workload, flags: Mapping[str, Any], why: Mapping[str, str]) -> None:
+def _show_plan(found: Outcome, wanted: Workload, planned: Plan, why: Mapping[str, str]) -> None:
     from rich.table import Table
 
     from .twin import _console
@@ -226,7 +267,7 @@ def _show_plan(found: Outcome, wanted: Workload, flags: Mapping[str, Any], why: 
     r, choice = found.report, found.choice
     table = Table("", "", title=f"Plan for {wanted.name}", show_header=False, title_justify="left")
     table.add_row("adapters on one GPU", f"{choice.num_adapters} of {len(wanted.adapters)}")
-    for name, value in flags.items():
+    for name, value in planned.flags.items():
         table.add_row(f"--{name.replace('_', '-')}", str(value))
     table.add_row("throughput", f"{r.throughput:.0f} of {r.arriving:.0f} arriving tokens/s")
     if r.train_throughput:
@@ -234,6 +275,8 @@ def _show_plan(found: Outcome, wanted: Workload, flags: Mapping[str, Any], why: 
     table.add_row("time to first token", f"mean {r.ttft.mean * 1e3:.0f} ms, p99 {r.ttft.p99 * 1e3:.0f} ms")
     table.add_row("between tokens", f"mean {r.itl.mean * 1e3:.1f} ms, p99 {r.itl.p99 * 1e3:.1f} ms")
     table.add_row("SLO attained", f"{r.attained:.1%} of requests")
+    margin = f"holds with steps {planned.margin:.1%} longer: {found.judged.attained:.1%} attained"
+    table.add_row("margin", margin if planned.margin else "none")
     _console().print(table)
     for target, rule in why.items():
         _console().print(f"{target}: {rule}", markup=False)

@@ -65,7 +65,7 @@ def _calibrate(output: Path, seconds: float, values: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    config = build_engine_config(values)
+    config = build_engine_config({flag.name: flag.default for flag in all_flags()} | values)
     console = Console(stderr=True)
     with user_errors(), Progress(console=console) as bar:
         from multigraft.calibration.calibrate import calibrate  # torch, kept away from --help
@@ -80,7 +80,7 @@ def _calibrate(output: Path, seconds: float, values: dict[str, Any]) -> None:
     console.print(
         f"Wrote {output}. On {e['held_out_steps']:.0f} steps it was not fitted to, the step-time model errs by "
         f"{e['step_mean']:.1%} on average, {e['step_p95']:.1%} at the 95th percentile; on sums of about ten steps by "
-        f"{e['point_mean']:.1%}."
+        f"{e['point_mean']:.1%}. Plans will leave a margin of {profile.margin:.1%}."
     )
 
 

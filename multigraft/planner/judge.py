@@ -15,7 +15,7 @@ from .choice import BASE_MODEL, demands_of
 from .loads import ServerLoads
 from .packing import place, spread
 from .placement import Placement
-from .search import ATTAINED
+from .search import shortfall
 
 TIGHTER = 0.93
 MAX_TRIES = 8
@@ -47,23 +47,22 @@ def judge(placement: Placement, workload: Workload, profile: Profile, deployment
 
 
 def accepted(r: Report, slo: SLO) -> bool:
-    return not r.requests or (not r.starved and not r.failed and (slo == SLO() or r.attained >= ATTAINED))
+    return shortfall(r, slo) == 0
 
 
 def place_judged(
     workload: Workload, profile: Profile, deployment: Deployment, *, num_gpus: int | None = None, whole: bool = False
 ) -> tuple[Placement, list[Report]]:
     """Our placement on the fewest GPUs, or the given number, such that the twin accepts each: GPUs are filled less and
-    less until it does."""
+    less until it does, with the profile's margin. The reports are at the profile's speed."""
     headroom = 0.9
     for _ in range(MAX_TRIES):
         loads = ServerLoads(demands_of(workload), profile, deployment, workload.slo, headroom=headroom)
         placement = place(loads, whole=whole) if num_gpus is None else spread(loads, num_gpus)
         if placement is None:
             break
-        reports = judge(placement, workload, profile, deployment)
-        if all(accepted(r, workload.slo) for r in reports):
-            return placement, reports
+        if all(accepted(r, workload.slo) for r in judge(placement, workload, profile.slower(), deployment)):
+            return placement, judge(placement, workload, profile, deployment)
         headroom *= TIGHTER
     where = "any number of" if num_gpus is None else num_gpus
     raise CapacityExceeded(

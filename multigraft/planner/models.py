@@ -40,10 +40,10 @@ FEATURES = (
     "training",
 )
 TARGETS = ("served", "attained", "ttft", "itl", "trained")
-"""Share of the arriving tokens that is served in time; of the requests, that meet the SLO; mean latencies in seconds;
-tokens trained a second."""
+"""Share of the arriving tokens that is served in time; of the requests, that meet the SLO: both with the profile's
+margin; mean latencies in seconds; tokens trained a second."""
 EXAMPLES = 400
-MARGIN = 0.05
+SPARE = 0.05
 """By which predicted shares must be better than they have to: about what the models err by."""
 ASKED = 300
 """Choices that the models are asked for, at most; drawn at random."""
@@ -67,7 +67,7 @@ class Fitted:
 class Advice:
     choice: Choice
     predicted: dict[str, float]
-    """By target, and throughput in tokens a second."""
+    """By target, and throughput in tokens a second with the margin."""
     why: dict[str, str]
     """The part of each target's model that decided."""
 
@@ -154,9 +154,9 @@ class Models:
     def _rank(self, x: Sequence[float]) -> tuple[float, ...]:
         """As Outcome.rank, from features; of equal throughput to two digits, what is farthest from its limits."""
         p = self.predict(x)
-        short = max(0.0, STARVED + MARGIN - p["served"])
+        short = max(0.0, STARVED + SPARE - p["served"])
         if self.slo != SLO():
-            short += max(0.0, ATTAINED + MARGIN - p["attained"])
+            short += max(0.0, ATTAINED + SPARE - p["attained"])
         throughput = min(1.0, p["served"]) * _arriving(x) + p["trained"]
         load, longest = x[FEATURES.index("load")], x[FEATURES.index("largest_step_s")]
         return (short, -float(f"{throughput:.2g}"), load + longest / (self.slo.itl or 1.0))
@@ -170,9 +170,9 @@ def _arriving(x: Sequence[float]) -> float:
 
 
 def _targets(outcome: Outcome) -> list[float]:
-    r = outcome.report
-    served = sum(a.served * a.requests for a in r.adapters) / max(1, sum(a.requests for a in r.adapters))
-    return [served, r.attained, r.ttft.mean, r.itl.mean, r.train_throughput]
+    r, judged = outcome.report, outcome.judged
+    served = sum(a.served * a.requests for a in judged.adapters) / max(1, sum(a.requests for a in judged.adapters))
+    return [served, judged.attained, r.ttft.mean, r.itl.mean, r.train_throughput]
 
 
 def faster(workload: Workload, speed: float) -> Workload:

@@ -28,7 +28,9 @@ class Plan:
     flags: Mapping[str, Any]
     """Of `multigraft serve`, by field name."""
     predicted: Mapping[str, float]
-    """By the twin, in seconds and tokens a second."""
+    """By the twin at the profile's speed, in seconds and tokens a second."""
+    margin: float = 0.0
+    """By what share steps may take longer than that while nothing starves and the SLO is attained."""
     why: Mapping[str, str] = field(default_factory=dict)
     """The rules that speak for the choice."""
 
@@ -49,6 +51,7 @@ class Plan:
                 "itl_mean": r.itl.mean,
                 "attained": r.attained,
             },
+            margin=profile.margin,
             why=why or {},
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from multigraft.core.errors import CapacityExceeded
 from multigraft.twin.profile import Profile
@@ -36,20 +36,31 @@ class Outcome:
 
     choice: Choice
     report: Report
+    """At the profile's speed."""
     slo: SLO
+    slower: Report | None = None
+    """With every step longer by the profile's margin, where it has one."""
+
+    @property
+    def judged(self) -> Report:
+        """The report that decides whether it holds: the worse of the two."""
+        reports = [self.report] if self.slower is None else [self.slower, self.report]
+        return max(reports, key=lambda r: shortfall(r, self.slo))
 
     @property
     def feasible(self) -> bool:
-        """Nothing starves, and the SLO is attained."""
+        """Nothing starves, and the SLO is attained, with the margin."""
         return self.shortfall == 0
+
+    @property
+    def on_edge(self) -> bool:
+        """Whether it holds at the profile's speed, and not with the margin."""
+        return not self.feasible and shortfall(self.report, self.slo) == 0
 
     @property
     def shortfall(self) -> float:
         """How far from feasible: 0 when it is."""
-        r = self.report
-        short = max(0.0, 1 - r.throughput / max(r.arriving, 1e-9)) if r.starved else 0.0
-        short += r.failed / max(r.requests, 1)
-        return short + (max(0.0, ATTAINED - r.attained) if self.slo != SLO() else 0.0)
+        return shortfall(self.judged, self.slo)
 
     @property
     def rank(self) -> tuple[float, ...]:
@@ -58,22 +69,39 @@ class Outcome:
         return (self.shortfall, -float(f"{r.throughput + r.train_throughput:.3g}"), r.itl.mean + r.ttft.mean)
 
 
+def shortfall(r: Report, slo: SLO) -> float:
+    """How far a server is from serving everyone in time: 0 when it does."""
+    short = max(0.0, 1 - r.throughput / max(r.arriving, 1e-9)) if r.starved else 0.0
+    short += r.failed / max(r.requests, 1)
+    return short + (max(0.0, ATTAINED - r.attained) if slo != SLO() else 0.0)
+
+
 def try_out(choice: Choice, workload: Workload, profile: Profile, seconds: float | None = None) -> Outcome:
     """What the twin says of a choice for the workload, or for its first seconds."""
     share = part(workload, choice.num_adapters)
     tried = share if seconds is None else beginning(share, seconds)
-    return Outcome(choice, report(simulate(tried, profile, choice.deployment(share, profile))), workload.slo)
+    deployment = choice.deployment(share, profile)
+    slower = report(simulate(tried, profile.slower(), deployment)) if profile.margin else None
+    return Outcome(choice, report(simulate(tried, profile, deployment)), workload.slo, slower)
 
 
 def search(
-    workload: Workload, profile: Profile, space: Space | None = None, *, seed: int = 0, progress: Progress | None = None
+    workload: Workload,
+    profile: Profile,
+    space: Space | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    tried: dict[Choice, Outcome] | None = None,
 ) -> Outcome:
     """Successive halving over the choices of `space`; CapacityExceeded, with what binds, when none is feasible.
 
     Each round keeps the best third, and the best for each number of adapters: in a short run, too many adapters look
-    good that starve in a long one. From the best of the last round it climbs on, one step at a time.
+    good that starve in a long one. From the best of the last round it climbs on, one step at a time. tried: is filled
+    with all that was simulated to the end.
     """
     space = space or Space.of(workload, profile)
+    tried = {} if tried is None else tried
     choices = space.choices(workload, profile)
     if not choices:
         raise CapacityExceeded(no_memory(workload, profile))
@@ -89,8 +117,9 @@ def search(
             last = round_ == ROUNDS - 1
             outcomes.append(try_out(choice, workload, profile, None if last else seconds))
         choices = [outcome.choice for outcome in _kept(outcomes)]
+    tried |= {outcome.choice: outcome for outcome in outcomes}
     best = min(outcomes, key=lambda outcome: outcome.rank)
-    best = improved(best, workload, profile, space, progress)
+    best = improved(best, workload, profile, space, progress, tried)
     if not best.feasible:
         raise CapacityExceeded(
             f"No set-up of one server serves even {best.choice.num_adapters} of {len(workload.adapters)} adapters of "
@@ -100,10 +129,16 @@ def search(
 
 
 def improved(
-    start: Outcome, workload: Workload, profile: Profile, space: Space, progress: Progress | None = None
+    start: Outcome,
+    workload: Workload,
+    profile: Profile,
+    space: Space,
+    progress: Progress | None = None,
+    tried: dict[Choice, Outcome] | None = None,
 ) -> Outcome:
-    """What climbing from a choice reaches, judged by the twin."""
-    tried = {start.choice: start}
+    """What climbing from a choice reaches, judged by the twin. tried: as of search."""
+    tried = {} if tried is None else tried
+    tried[start.choice] = start
 
     def rank(choice: Choice) -> tuple[float, ...]:
         if progress:
@@ -113,6 +148,12 @@ def improved(
         return tried[choice].rank
 
     return tried[climbed(start.choice, rank, space, workload, profile)]
+
+
+def over_the_edge(tried: Mapping[Choice, Outcome]) -> Outcome | None:
+    """The one that would be the best of these without the margin, if the margin rejects it."""
+    choice = min(tried, key=lambda choice: replace(tried[choice], slower=None).rank)
+    return tried[choice] if tried[choice].on_edge else None
 
 
 def _kept(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -154,18 +195,19 @@ def no_memory(workload: Workload, profile: Profile) -> str:
 
 def binding(outcome: Outcome) -> str:
     """What keeps a choice from being feasible, in words."""
-    r, choice = outcome.report, outcome.choice
+    r, choice = outcome.judged, outcome.choice
+    margin = " with the margin" if outcome.on_edge else ""
     if r.failed:
         return f"{r.failed} requests are refused as too long"
     if r.starved:
-        return f"{r.throughput:.0f} of {r.arriving:.0f} arriving tokens/s are served: {_short_of(r, choice)}"
+        return f"{r.throughput:.0f} of {r.arriving:.0f} arriving tokens/s are served{margin}: {_short_of(r, choice)}"
     ttft, itl = outcome.slo.ttft, outcome.slo.itl
     late = [
         f"{name} is {value:.3g} s for one request in ten or more, promised {target:g} s"
         for name, value, target in (("TTFT", r.ttft.p90, ttft), ("ITL", r.itl.p90, itl))
         if target is not None and value > target
     ]
-    return f"{r.attained:.0%} of the requests meet the SLO ({'; '.join(late) or 'both targets together'})"
+    return f"{r.attained:.0%} of the requests meet the SLO{margin} ({'; '.join(late) or 'both targets together'})"
 
 
 def _short_of(r: Report, choice: Choice) -> str:

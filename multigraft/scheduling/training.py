@@ -16,9 +16,10 @@ PROMPT_SHARE = 0.1
 """Share of the time-to-first-token target that training may add to one step of a prompt, and the longest stretch of
 training alone, since the next request may arrive at its beginning."""
 FIRST_FIT, REFIT = 24, 96
-"""Observed steps before the first fit of the step-time model, and between the later ones."""
-MEMORY = 768
-"""Latest steps that a fit looks at."""
+"""Observed steps before the first fit of the step-time model, and between the later ones; the former also of steps that
+train backward, which come after the forward ones, before more than a layer is granted."""
+MEMORY = 384
+"""Latest steps that a fit looks at, of those with training and of those without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class TrainingShare:
     PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that. Without
     requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps observed
     and fit again as more of them come, so that both the engine's and the twin's decisions follow from what they saw;
-    before the first fit, a part is a single layer.
+    before it has been fit to steps with training of both directions, a part is a single layer: what it has not seen, it
+    takes for free.
     """
 
     def __init__(self, config: TrainingConfig, model: StepTimeModel | None = None):
@@ -52,15 +54,17 @@ class TrainingShare:
         self.model = model
         self.granted_seconds = 0.0
         """By which the parts granted so far lengthened their steps, as predicted; those before the first fit aside."""
-        self._shapes: deque[StepShape] = deque(maxlen=MEMORY)
-        self._seconds: deque[float] = deque(maxlen=MEMORY)
+        self._plain: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
+        self._trained: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
+        """Kept apart, so that a busy time without training does not make it look free."""
         self._until_fit = FIRST_FIT
+        self._knows_training = model is not None
 
     def grant(self, batch: Batch, work: TrainWork | None, num_waiting: int) -> TrainPart | None:
         """The part of `work` for a step that has `batch` to do; None when no time is left for any."""
         if work is None:
             return None
-        if self.model is None:
+        if self.model is None or not self._knows_training:
             return work.part(1)
         shape = StepShape.of(batch)
         limit = self._limit(shape, num_waiting)
@@ -98,14 +102,17 @@ class TrainingShare:
         """A step of this shape took so long."""
         if seconds <= 0:
             return
-        self._shapes.append(shape)
-        self._seconds.append(seconds)
+        (self._trained if shape.train_layers else self._plain).append((shape, seconds))
         self._until_fit -= 1
-        if self._until_fit <= 0:
-            self.model = StepTimeModel.fit(self._shapes, self._seconds)
-            self._until_fit = REFIT
+        learns = not self._knows_training and self._num_backward() >= FIRST_FIT
+        if self._until_fit <= 0 or learns:
+            self.model = StepTimeModel.fit(*zip(*self._plain, *self._trained, strict=True))
+            self._until_fit, self._knows_training = REFIT, self._num_backward() >= FIRST_FIT
         elif self.model is not None:
             self.model.refine(shape, seconds)
+
+    def _num_backward(self) -> int:
+        return sum(shape.train_backward > 0 for shape, _ in self._trained)
 
 
 def _with(shape: StepShape, part: TrainPart) -> StepShape:

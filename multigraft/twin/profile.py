@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,15 @@ class Profile:
     """Of one training pass, at most."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Relative errors of the step-time model on steps it was not fitted to: mean, p95, worst."""
+
+    margin: float = 0.0
+    """By what share of itself a step may take longer than `steps` says, but for one time in ten: what must hold, must
+    hold then, too."""
+
+    def slower(self) -> Profile:
+        """The same machine with every step longer by the margin."""
+        steps = replace(self.steps, correction=self.steps.correction * (1 + self.margin))
+        return replace(self, steps=steps, margin=0.0)
 
     def copy_seconds(self, nbytes: int) -> float:
         return self.loads.copy + self.loads.copy_per_byte * nbytes

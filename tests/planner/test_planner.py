@@ -1,5 +1,6 @@
 import json
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from multigraft.planner.models import Models, features
 from multigraft.planner.placement import Placement
 from multigraft.planner.plan import Plan
 from multigraft.planner.rules import MAX_DEPTH, MIN_LEAF, Linear, RuleList, Tree, fit_best
-from multigraft.planner.search import improved, search, try_out
+from multigraft.planner.search import binding, improved, over_the_edge, search, try_out
 from multigraft.twin.describe import describe
 
 from .instances import cpu, machine
@@ -132,6 +133,26 @@ def test_outcomes_rank_feasible_first():
     assert few.feasible and not many.feasible and few.rank < many.rank
 
 
+def test_a_margin_rejects_what_only_just_holds():
+    tenants, nominal = workload(11), cpu()
+    careful = replace(nominal, margin=0.25)
+    tried = {}
+    found = search(tenants, careful, SPACE, tried=tried)
+    edge = over_the_edge(tried)
+    assert edge is not None and edge.on_edge and not edge.feasible and "with the margin" in binding(edge)
+    assert try_out(edge.choice, tenants, nominal).feasible
+    assert edge.report.throughput > found.report.throughput
+    assert try_out(found.choice, tenants, careful.slower()).feasible
+    assert found.report == try_out(found.choice, tenants, nominal).report, "told at the profile's speed"
+    assert over_the_edge({found.choice: found}) is None
+
+    models = Models.fit([workload(0), workload(1)], careful, examples=150)
+    advised = try_out(models.advise(tenants, careful, SPACE).choice, tenants, careful)
+    confirmed = improved(advised, tenants, careful, SPACE)
+    assert confirmed.feasible and try_out(confirmed.choice, tenants, careful.slower()).feasible
+    assert confirmed.report.throughput == pytest.approx(found.report.throughput, rel=0.05)
+
+
 def test_judged_placements_hold():
     tenants, profile = workload(5, rate=0.3), cpu()
     deployment = profile.deployment(max_loras=24, adapter_bytes=24 * profile.adapter_bytes(32))
@@ -143,6 +164,10 @@ def test_judged_placements_hold():
         assert {r.adapter for r in route.requests} <= set(placement.on(gpu))
     crowded = Placement(1, {a.name: {0: 1.0} for a in tenants.adapters})
     assert not accepted(judge(crowded, tenants, profile, deployment)[0], tenants.slo)
+    careful = replace(profile, margin=1.0)
+    roomy, roomy_reports = place_judged(tenants, careful, deployment)
+    assert roomy.num_gpus > placement.num_gpus and roomy_reports == judge(roomy, tenants, profile, deployment)
+    assert all(accepted(r, tenants.slo) for r in judge(roomy, tenants, careful.slower(), deployment))
     more, _ = place_judged(tenants, profile, deployment, num_gpus=placement.num_gpus + 1)
     assert more.num_gpus == placement.num_gpus + 1
     with pytest.raises(CapacityExceeded, match="no placement of workload 'tenants-5' on 1 GPUs"):
@@ -202,6 +227,19 @@ def test_from_plan_to_server(files, monkeypatch):
         assert started[0]["max_num_batched_tokens"] == plan.flags["max_num_batched_tokens"]
 
 
+def test_plan_with_a_margin(files):
+    workload(11, rate=0.2, duration=30).save(files / "tenants.jsonl")
+    inputs = ("--profile", files / "profile.json", "--workload", files / "tenants.jsonl", "--how", "search")
+    code, output = run("plan", *inputs, "--margin", "0.4", "--output", files / "plan.json")
+    assert code == 0, output
+    assert "steps 40.0% longer" in output and "without the margin:" in output and "with the margin" in output
+    plan = Plan.load(files / "plan.json")
+    assert plan.margin == 0.4
+    code, output = run("plan", *inputs, "--output", files / "plan.json")
+    assert code == 0 and "without the margin" not in output and Plan.load(files / "plan.json").margin == 0
+    assert Plan.load(files / "plan.json").predicted["throughput"] > plan.predicted["throughput"]
+
+
 def test_place_command(files):
     inputs = ("--profile", files / "profile.json", "--workload", files / "tenants.jsonl", "--max-loras", 24)
     target = files / "placement.json"
@@ -223,6 +261,8 @@ def test_command_lines_mistakes(files):
     for arguments, words in (
         (("place", *inputs, "--plan", files / "bad.json"), "is no file of `multigraft plan`"),
         (("place", *inputs, "--previous", absent), "Cannot read the placement"),
+        (("plan", *inputs, "--margin", "-0.1"), "margin is '-0.1'; it must be auto or a share"),
+        (("place", *inputs, "--margin", "ten"), "margin is 'ten'; it must be auto or a share"),
         (
             ("plan", "--profile", files / "absent.json", "--workload", files / "tenants.jsonl"),
             "Cannot read the profile",

@@ -75,6 +75,26 @@ def test_an_idle_step_is_granted_a_layer_however_slow() -> None:
     assert layers(share(ttft_slo_ms=1.0).grant(batch(), WORK, 0)) == 1
 
 
+def test_steps_without_training_do_not_make_it_look_free() -> None:
+    """A decode step of 3 rows takes 30 ms, a layer forward 10 and backward 20: as many as fit into 80 ms."""
+    s = TrainingShare(TrainingConfig())
+
+    def serve(steps: int) -> None:
+        for i in range(steps):
+            s.observe(StepShape(decode_rows=1 + i % 5, samples=1 + i % 5), 0.027 + 0.001 * (1 + i % 5))
+
+    serve(1000)
+    for direction, steps in (("train_forward", 2 * FIRST_FIT), ("train_backward", FIRST_FIT)):
+        for _ in range(steps):
+            assert s.model is not None and layers(s.grant(batch(decodes=3), WORK, 0)) == 1
+            shape = StepShape(decode_rows=3, samples=3, train_rows=100, train_layers=1, **{direction: 100})
+            s.observe(shape, 0.04 if direction == "train_forward" else 0.05)
+    for idle in (0, 1000):
+        serve(idle)
+        assert layers(s.grant(batch(decodes=3), WORK, 0)) in (4, 5)
+        assert layers(s.grant(batch(decodes=3), TrainWork(rows=100, forward=0, backward=31), 0)) in (2, 3)
+
+
 def test_single_layers_until_the_first_fit() -> None:
     s = TrainingShare(TrainingConfig())
     for i in range(FIRST_FIT):

@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from multigraft.calibration.calibrate import calibrate
+import pytest
+
+from multigraft.calibration.calibrate import calibrate, errors
 from multigraft.calibration.drive import Drive
 from multigraft.engine import parts
 from multigraft.engine.core import EngineCore
 from multigraft.engine.offline import make_config
+from multigraft.scheduling.steptime import FEATURES, StepShape, StepTimeModel
 from multigraft.twin.profile import Profile
 from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
 from multigraft.twin.workload import TrainingJob, Workload
 from tests.tiny import build_checkpoint
 from tests.twin.made import poisson
+
+
+def test_the_margin_is_what_steps_take_longer_than_predicted() -> None:
+    model = StepTimeModel(tuple(float(name == "step") for name in FEATURES))
+    prompt, decode = StepShape(prefill_rows=9, decode_rows=1), StepShape(decode_rows=2)
+    points = [[(prompt, 1 + k / 100), (prompt, 1.0 + k / 100), (decode, 0.8)] for k in range(20)]
+    found = errors(model, [*points, [(decode, 0.5)]])
+    assert found["late_prompts"] == pytest.approx(0.18) and found["late_decodes"] == 0.0
+    assert found["held_out_steps"] == 61
 
 
 def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
@@ -27,6 +39,7 @@ def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
     assert told == sorted(told) and told[-1] > 0.9
     profile.save(tmp_path / "p.json")
     assert Profile.load(tmp_path / "p.json") == profile
+    assert profile.margin == max(profile.errors["late_prompts"], profile.errors["late_decodes"])
     assert profile.errors["held_out_steps"] > 20 and 0 < profile.errors["step_p50"] < 0.8
     read = profile.loads.fetch + 10**5 * profile.loads.fetch_per_byte
     assert 0 < read < 1 and 0 < profile.copy_seconds(10**5) < 1

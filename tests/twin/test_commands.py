@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from multigraft.cli.main import app
-from multigraft.core.config import ServerConfig
+from multigraft.core.config import EngineConfig, ServerConfig
 from multigraft.core.errors import InvalidRequest
 from multigraft.server import serve
 from multigraft.twin.compare import Difference, compare, macro_f1
+from multigraft.twin.profile import Profile
 from multigraft.twin.record import Record
 from multigraft.twin.replay import replay
 from multigraft.twin.report import Report, report
@@ -47,6 +49,21 @@ def test_twin_writes_a_report_and_plots_and_compares(files: tuple[Path, Path], t
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"latencies.png", "timeline.png"}
     code, output = run(*base, "--compare", tmp_path / "r.json", "--max-loras", 1)
     assert code == 0 and "halved SMAPE" in output
+
+
+def test_calibrate_takes_the_flags_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    errors = {"held_out_steps": 9, "step_mean": 0.1, "step_p95": 0.2, "point_mean": 0.05}
+
+    def measured(config: EngineConfig, **rest: object) -> Profile:
+        asked.append(config)
+        return replace(PROFILES[0], errors=errors, margin=0.125)
+
+    monkeypatch.setattr("multigraft.calibration.calibrate.calibrate", measured)
+    code, output = run("calibrate", "m", "--max-num-seqs", 7, "--output", tmp_path / "p.json")
+    assert code == 0, output
+    assert "leave a margin of 12.5%" in output and asked[0].scheduler.max_num_seqs == 7
+    assert Profile.load(tmp_path / "p.json").margin == 0.125
 
 
 @pytest.mark.parametrize(

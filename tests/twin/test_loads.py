@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from multigraft.calibration.speed import calm
+from multigraft.calibration.speed import calm, slower
 from multigraft.core.batch import AdapterMove
 from multigraft.core.request import AdapterRef
 from multigraft.kernels.openmp import compute_alone
@@ -41,9 +41,13 @@ def test_reads_wait_for_a_thread_and_what_is_in_memory_comes_at_once() -> None:
 
 
 def test_slow_spells_are_left_out_but_never_most() -> None:
-    assert calm([1.0, 1.05, 1.0, 1.3, 1.0, 1.5, 1.02]) == [True, True, True, False, True, False, True]
-    assert sum(calm([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])) == 4
-    assert all(calm([2.0]))
+    disturbed = [1.0, 1.05, 1.0, 1.3, 1.0, 1.5, 1.02]
+    counted = [True, True, True, False, True, False, True]
+    assert calm([(decode, 9.0) for decode in disturbed]) == counted
+    assert calm([(0.1, prompt) for prompt in disturbed]) == counted
+    assert sum(calm([(float(i), 1.0) for i in range(1, 7)])) == 4
+    assert all(calm([(2.0, 3.0)]))
+    assert slower((1.0, 5.0), (2.0, 4.0)) == (2.0, 5.0)
 
 
 def test_a_thread_that_computes_alone_leaves_the_others_their_threads() -> None:
