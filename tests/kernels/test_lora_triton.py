@@ -126,7 +126,7 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
 def test_gated(lora_case, dtype, block_m, device):
     """SwiGLU of gate and up with their adapters' outputs; rows without an adapter get it, too, and y nothing."""
     ranks = [[3, 33], [0, 0], [64, 1], [8, 0], [5, 5]]
-    segments = [(1, 2, 0), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 27, 0)]
+    segments = [(1, 2, 0), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 28, 0)]
     case = lora_case(ranks, segments, 320, [530, 530], dtype, num_rows=34, device=device)
     case.y[case.gap_rows()] *= 3
     y = case.y.clone()
