@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 EXTRAS := server,structured,gguf,triton
 ARGS ?=
+# One process on a GPU, whose memory the workers would share.
+WORKERS ?= $(if $(HAS_GPU),0,2)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev run test lint format bench clean
@@ -24,7 +26,7 @@ run: $(VENV)/.installed ## Serve the example adapters, show their answers, leave
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint ## Everything that CI runs: ruff, mypy, pytest
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

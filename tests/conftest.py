@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers side by side have a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import transformers

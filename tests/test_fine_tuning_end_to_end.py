@@ -27,8 +27,8 @@ def question(a: int, b: int) -> str:
     return f"What is {a} plus {b}?"
 
 
-def training_file() -> bytes:
-    pairs = [(a, b) for a in range(2, 26, 3) for b in range(3, 27, 4)]
+def training_file(num_examples: int) -> bytes:
+    pairs = [(a, b) for b in range(3, 27, 4) for a in range(2, 26, 3)][:num_examples]
     lines = []
     for a, b in pairs:
         answer = f"Result: {a + b} (checked)"
@@ -51,13 +51,13 @@ def test_a_job_learns_while_others_are_served(server: Server, smol_path: Path, t
     held_out = [question(a, b) for a, b in ((31, 5), (8, 40), (17, 17), (50, 2))]
     before = [server.ask("smollm2", q) for q in held_out]
     assert not any(STYLE.match(text) for text in before), before
-    file = server.client.files.create(file=("style.jsonl", training_file()), purpose="fine-tune")
+    file = server.client.files.create(file=("style.jsonl", training_file(48)), purpose="fine-tune")
     job = server.client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file.id,
         suffix="checked",
         seed=1,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 4}}},
         extra_body={"adapter": {"method": "lora", "r": 8, "learning_rate": 2e-3}},
     )
     served = 0
@@ -76,9 +76,9 @@ def test_a_job_learns_while_others_are_served(server: Server, smol_path: Path, t
 
     events = server.client.fine_tuning.jobs.list_events(job.id, limit=100).data
     losses = [e.data["train_loss"] for e in reversed(events) if e.type == "metrics" and "train_loss" in e.data]
-    assert len(losses) == 18 and losses[-1] < 0.3 * losses[0], losses
+    assert len(losses) == 12 and losses[-1] < 0.3 * losses[0], losses
     results = server.client.files.content(job.result_files[0]).text.splitlines()
-    assert results[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy" and len(results) == 19
+    assert results[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy" and len(results) == 13
 
     archive = server.http.get(f"/v1/fine_tuning/jobs/{job.id}/adapter")
     assert archive.status_code == 200, archive.text
@@ -101,8 +101,8 @@ def test_a_job_goes_on_after_a_kill(smol_path: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of a job on the real engine; the next server goes on and serves the result."""
     options = ("--data-dir", str(tmp_path / "data"))
     first = Server(smol_path, tmp_path / "log1", *options, env=ENVIRONMENT).wait()
-    file = first.client.files.create(file=("style.jsonl", training_file()), purpose="fine-tune")
-    method = {"n_epochs": 1, "batch_size": 8}
+    file = first.client.files.create(file=("style.jsonl", training_file(24)), purpose="fine-tune")
+    method = {"n_epochs": 1, "batch_size": 4}
     job = first.client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file.id,

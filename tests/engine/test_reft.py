@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ def test_a_slot_is_held_for_prompt_ends_only_while_they_are_to_come(llama: World
         assert held[:4] == [(0, False, True), (8, False, True), (16, True, True), (20, False, False)]
 
 
+@pytest.fixture(scope="module")
+def engine(llama: World) -> Iterator[Engine]:
+    with Engine(str(llama.checkpoint), device=DEVICE, kv_cache_gib=0.01, adapter_memory_gib=0.02) as engine:
+        yield engine
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -135,23 +141,23 @@ def test_a_slot_is_held_for_prompt_ends_only_while_they_are_to_come(llama: World
         ({"adapter_scope": "decode"}, "adapter_scope is 'decode'; it must be 'all' or 'prefill'"),
     ],
 )
-def test_bad_folders(llama: World, tmp_path: Path, change: dict, message: str) -> None:
+def test_bad_folders(engine: Engine, tmp_path: Path, change: dict, message: str) -> None:
     folder = write_reft(tmp_path / "bad", "loreft", layers=[1])
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | change))
-    with llama.engine("all") as engine, pytest.raises(AdapterError, match=message):
+    with pytest.raises(AdapterError, match=message):
         engine.load_adapter("bad", str(folder))
 
 
 def test_broken_orthogonality_is_a_warning_with_the_number(
-    llama: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_reft(tmp_path / "skewed", "direft", layers=[1])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.model.layers.1.reft.rotate"
     save_file(tensors | {key: tensors[key] * 1.1}, file)
-    with llama.engine("all") as engine, caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING):
         engine.load_adapter("skewed", str(folder))
         assert [r.getMessage() for r in caplog.records if "orthonormal" in r.getMessage()] == [
             f"Adapter at {folder}: the rows of `{key}` should be orthonormal, and R R^T differs from 1 by 0.21."

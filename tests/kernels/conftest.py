@@ -148,7 +148,7 @@ def device():
 
 MIXED_RANKS = [[3, 16, 33], [0, 0, 0], [64, 1, 8], [8, 0, 5], [5, 5, 5]]
 """Slot 1 has an adapter that leaves this site alone; slot 4 is nobody's."""
-MIXED_SEGMENTS = [(1, 2, 0), (2, 2, 2), (4, 25, 2), (25, 26, 3), (27, 31, 1), (31, 33, 3), (33, 50, 0)]
+MIXED_SEGMENTS = [(1, 2, 0), (2, 2, 2), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 28, 0)]
 
 
 @pytest.fixture

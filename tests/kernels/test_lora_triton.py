@@ -25,12 +25,10 @@ def test_forward(mixed_case, dtype, block_m):
     case = mixed_case(dtype, WIDTH[block_m])
     before = case.y.clone()
     y = forward(case, case.y, block_m)
-    case.check_rows(y, before.double().cpu() + case.delta(), TOLERANCE[dtype])
+    case.check_rows(y.double() - before.double(), case.delta(), TOLERANCE[dtype])  # the addend: y cannot hide it
     assert torch.equal(y[case.gap_rows()], before[case.gap_rows()])
     for rows, _, cols, factor in case.blocks():
         assert factor is not None or torch.equal(y[rows, cols], before[rows, cols])
-    # The addend alone, so that y cannot hide it.
-    case.check_rows(forward(case, torch.zeros_like(y), block_m), case.delta(), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("out_features", [[24], [8, 136]], ids=str)
@@ -128,20 +126,20 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
 def test_gated(lora_case, dtype, block_m, device):
     """SwiGLU of gate and up with their adapters' outputs; rows without an adapter get it, too, and y nothing."""
     ranks = [[3, 33], [0, 0], [64, 1], [8, 0], [5, 5]]
-    segments = [(1, 2, 0), (4, 25, 2), (25, 26, 3), (27, 31, 1), (31, 33, 3), (33, 50, 0)]
-    case = lora_case(ranks, segments, 320, [530, 530], dtype, num_rows=57, device=device)
+    segments = [(1, 2, 0), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 28, 0)]
+    case = lora_case(ranks, segments, 320, [530, 530], dtype, num_rows=34, device=device)
     case.y[case.gap_rows()] *= 3
     y = case.y.clone()
     gate, up = (y.double().cpu() + case.delta()).chunk(2, dim=1)
     expected = gate * torch.sigmoid(gate) * up
-    row_slot = torch.full((57,), BASE)
+    row_slot = torch.full((34,), BASE)
     for first, stop, slot in segments:
         row_slot[first:stop] = slot
     every = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m)).to(device)
     work = lora_triton.Work(case.table, case.scales, case.tiles(block_m), block_m, case.max_rank)
     z = lora_triton.gated(y, case.x, case.arena, work, every)
     assert z.dtype == dtype and torch.equal(y, case.y)
-    for row in range(57):
+    for row in range(34):
         error = (z[row].double().cpu() - expected[row]).norm()
         assert error <= 2 * TOLERANCE[dtype] * expected[row].norm(), (row, float(error))  # a product of two
     # The base model's part alone, as in a step whose adapters act elsewhere.

@@ -62,6 +62,14 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
+def served(world: World) -> list[str | None]:
+    """Names of the base model and of an adapter of every kind, loaded."""
+    folders = {n: write_adapter(world.checkpoint, world.folder / "served" / n, BY_NAME[n], seed=4) for n in BY_NAME}
+    folders |= {n: write_reft(world.folder / "served" / n, n, layers=[0, 2], seed=4) for n in ("loreft", "nodireft")}
+    return [None, *(world.engine.load_adapter(n, str(folder)).name for n, folder in folders.items())]
+
+
+@pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("llama"), "llama")
 
@@ -269,17 +277,13 @@ def test_dropout_is_the_same_forward_and_backward(llama: World, tmp_path: Path) 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("count", [1, 3])
 def test_served_rows_and_training_rows_in_one_forward(
-    world: World, monkeypatch: pytest.MonkeyPatch, keep: bool, count: int
+    world: World, served: list[str | None], monkeypatch: pytest.MonkeyPatch, keep: bool, count: int
 ) -> None:
     """Passes ride through every step of a mixed batch of served adapters; neither side sees the other."""
-    root = world.folder / f"s-{keep}-{count}"
-    folders = {n: write_adapter(world.checkpoint, root / n, BY_NAME[n], seed=4) for n in BY_NAME}
-    folders |= {n: write_reft(root / n, n, layers=[0, 2], seed=4) for n in ("loreft", "nodireft")}
     engine, runner = world.engine, world.parts.runner
-    names = [None, *(engine.load_adapter(f"{n}-{keep}-{count}", str(f)).name for n, f in folders.items())]
-    prompts = [list(range(5, 9 + 7 * i)) for i in range(len(names))]
+    prompts = [list(range(5, 9 + 7 * i)) for i in range(len(served))]
     greedy = SamplingParams(temperature=0, max_tokens=6)
-    expected = [r.completions[0].token_ids for r in engine.generate(prompts, greedy, names)]
+    expected = [r.completions[0].token_ids for r in engine.generate(prompts, greedy, served)]
     batch = samples(VOCAB, LENGTHS, seed=3)
     alone, riding = world.lora("all8"), world.lora("all8")
     done = world.run(microbatch(alone, batch))  # right after a step of served adapters
@@ -299,7 +303,7 @@ def test_served_rows_and_training_rows_in_one_forward(
         return output
 
     monkeypatch.setattr(runner, "execute", with_training)
-    assert [r.completions[0].token_ids for r in engine.generate(prompts, greedy, names)] == expected
+    assert [r.completions[0].token_ids for r in engine.generate(prompts, greedy, served)] == expected
     assert finished[0].finished
     last = finished[-1]
     last.forward(last.num_layers - last.forward_done)

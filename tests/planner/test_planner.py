@@ -44,7 +44,7 @@ def workload(seed: int, rate: float = 0.16, **top):
     return describe(description | top)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models():
     return Models.fit([workload(0), workload(1)], cpu(), examples=150)
 

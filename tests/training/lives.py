@@ -67,7 +67,7 @@ async def live(folder: Path) -> dict:
         [job] = jobs
     else:
         upload = await manager.upload()
-        for i in range(12):
+        for i in range(6):
             answer = {"role": "assistant", "content": TURNS[i % 4]}
             line = {"messages": [{"role": "user", "content": f"q{i}"}, answer]}
             await upload.write(json.dumps(line).encode() + b"\n")
@@ -78,7 +78,7 @@ async def live(folder: Path) -> dict:
                 training_file=file.id,
                 validation_file=file.id,
                 hyperparameters={
-                    "n_epochs": 3, "batch_size": 4, "checkpoint_steps": 2, "eval_interval": 4, "learning_rate": 0.01,
+                    "n_epochs": 3, "batch_size": 2, "checkpoint_steps": 2, "eval_interval": 4, "learning_rate": 0.01,
                 },
                 adapter={"dropout": 0.1},
                 seed=5,
