@@ -152,6 +152,7 @@ async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, 
     print(f"started in {start_s:.1f} s, {engine.parts.kv_tokens} KV tokens", flush=True)
     rng, rows = np.random.default_rng(0), []
     for shape in args.shapes:
+        unmeasured = 1  # a shape's first round, in which caches grow to its size
         prompt_len, output_len = map(int, shape.split(":"))
         for run in args.runs:
             if time.perf_counter() - began > args.seconds:
@@ -163,9 +164,10 @@ async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, 
             await one_round(engine, run.scope, first, rng.integers(10, config.vocab_size, (len(first), 8)).tolist(), 4)
             first_s = time.perf_counter() - began_first
             rounds = []
-            for _ in range(args.repeats + (not rows)):  # the engine's first is not measured
+            for _ in range(args.repeats + unmeasured):
                 prompts = rng.integers(10, config.vocab_size, (args.requests, prompt_len)).tolist()
                 rounds.append(await one_round(engine, run.scope, names, prompts, output_len))
+            unmeasured = 0
             nbytes = engine.parts.store.resolve(names[0]).nbytes if names[0] else 0
             row = {"shape": shape, "method": run.method, "rank": run.rank, "adapters": run.num, "zipf": run.zipf}
             row |= {"slots_at_hand": args.slots} | max(rounds[-args.repeats :], key=lambda r: r["tok_s"])
