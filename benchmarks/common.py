@@ -7,9 +7,11 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +162,31 @@ def run_offline(
     return seconds
 
 
+class _Cut(BaseException):
+    pass
+
+
+_was_cut = False
+
+
+@contextmanager
+def until_cut() -> Iterator[None]:
+    """SIGTERM, as `timeout` sends it, ends the block and nothing else: what was measured by then is reported. The
+    process ends with `finish`, whatever its threads do."""
+
+    def cut(*_: object) -> None:
+        global _was_cut
+        _was_cut = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Cut
+
+    signal.signal(signal.SIGTERM, cut)
+    try:
+        yield
+    except _Cut:
+        print("Cut off; what was measured until now:", flush=True)
+
+
 def finish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], *, save: bool) -> None:
     """Print the one JSON line that ends a benchmark; with save, append it to results/NAME.jsonl (or to $OUT)."""
     record = {
@@ -178,3 +205,5 @@ def finish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], *, s
         with (folder / f"{name}.jsonl").open("a") as file:
             file.write(line + "\n")
     print(line, flush=True)
+    if _was_cut:
+        os._exit(128 + signal.SIGTERM)

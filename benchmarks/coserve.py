@@ -28,7 +28,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, finish, write_adapter
+from benchmarks.common import LLAMA_8B, finish, until_cut, write_adapter
 from benchmarks.coserve_protocol import MAX_LEN, Served, Trained, azure, gsm8k, stretched, summary
 from multigraft import SamplingParams
 from multigraft.core.config import (
@@ -151,7 +151,8 @@ class Bench:
         return row
 
 
-async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
+async def measure(args: argparse.Namespace, folder: Path, rows: list[dict]) -> None:
+    """Adds to the rows as they are measured."""
     on_gpu = torch.cuda.is_available()
     model = args.model
     if model == "random-8b":
@@ -162,7 +163,6 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     sources = [write_adapter(folder / f"a{i}", config, 8, seed=i) for i in range(max(args.adapters))]
     trace = azure(args.trace, args.scale)
     data = gsm8k(args.gsm8k, config.vocab_size)
-    rows: list[dict] = []
     if args.peft:
         from benchmarks.coserve_peft import measure_peer
 
@@ -200,7 +200,6 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         rows.append(await bench.run(rate, [s.name for s in sources[:num]], with_job, trace))
         print(rows[-1], flush=True)
     await engine.shutdown(0)
-    return rows
 
 
 def main() -> None:
@@ -223,8 +222,9 @@ def main() -> None:
     parser.add_argument("--peft-rates", type=float, nargs="+", help="default: --rates")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = asyncio.run(measure(args, Path(folder)))
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder, until_cut():
+        asyncio.run(measure(args, Path(folder), rows))
     alone = {r["engine"]: r["train_tok_s"] for r in rows if r["job"] and not r["rate"]}
     names = ("engine", "adapters", "req/s", "job", "trained tok/s", "of alone", "decoded tok/s", "both")
     table = Table(*names, "TTFT p50/p99", "TPOT p50/p99", "in SLO", "in 6 s")

@@ -38,7 +38,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, finish
+from benchmarks.common import LLAMA_8B, finish, until_cut
 from multigraft.calibration.calibrate import calibrate, write_adapter
 from multigraft.calibration.drive import Drive, sized
 from multigraft.calibration.points import PointRunner
@@ -234,7 +234,7 @@ def main() -> None:
     count = min(len(found), 3 if args.smoke else args.workloads or len(found))
     rows = []
     pairs: list[tuple[Report, Report]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, until_cut():
         parts = engine_parts.build(config)
         for rank in RANKS:
             write_adapter(Path(folder) / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
@@ -254,6 +254,8 @@ def main() -> None:
             seconds = time.monotonic() - begun
             print(f"{workload.name}: {errors}; {len(runs)} runs, {disturbance:.2f}, {seconds:.0f} s", flush=True)
         core.stop(30)
+    if not rows:
+        sys.exit("cut off before the first workload was through")
     show(rows)
     predicted, actual = (starvation(reports) for reports in zip(*pairs, strict=True))
     settings = {

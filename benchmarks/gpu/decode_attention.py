@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def tune(rows: int, context: int) -> None:
     case = Case(rows, context)
     for block, warps, stages in itertools.product((32, 64, 128), (1, 2, 4, 8), (2, 3, 4)):
-        kernel.BLOCK_N, kernel.NUM_WARPS, kernel.NUM_STAGES = block, warps, stages
+        kernel.BLOCKS[rows < kernel.FEW_ROWS] = (block, warps, stages)
         try:
             us = microseconds(case.ours())
         except Exception as e:  # too much shared memory, mostly

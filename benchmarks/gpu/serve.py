@@ -29,7 +29,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, finish, linear_shapes, one_round, write_adapter, write_direft
+from benchmarks.common import LLAMA_8B, finish, linear_shapes, one_round, until_cut, write_adapter, write_direft
 from benchmarks.gpu.profile import kernels
 from multigraft import AsyncEngine, Scope
 from multigraft.core.config import TrainingConfig
@@ -116,8 +116,8 @@ def slot_bytes(run: Run, slots: int, config: transformers.PretrainedConfig) -> i
     return sum(each[i % len(each)] * a_rank + 2**20 for i in range(n))
 
 
-async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]], float]:
-    """(rows, seconds that the engine's start took)."""
+async def measure(args: argparse.Namespace, root: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds to the rows as they are measured, and to settings how many seconds the engine's start took."""
     model = root / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
@@ -148,9 +148,9 @@ async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, 
         ),
         progress=lambda text: print(f"  {time.perf_counter() - began:.1f} s: {text}", flush=True),
     )
-    start_s = time.perf_counter() - began
-    print(f"started in {start_s:.1f} s, {engine.parts.kv_tokens} KV tokens", flush=True)
-    rng, rows = np.random.default_rng(0), []
+    settings["start_s"] = round(time.perf_counter() - began, 1)
+    print(f"started in {settings['start_s']} s, {engine.parts.kv_tokens} KV tokens", flush=True)
+    rng = np.random.default_rng(0)
     for shape in args.shapes:
         unmeasured = 1  # a shape's first round, in which caches grow to its size
         prompt_len, output_len = map(int, shape.split(":"))
@@ -190,7 +190,6 @@ async def measure(args: argparse.Namespace, root: Path) -> tuple[list[dict[str, 
                     print(f"    {k['ms']:8.2f} ms {k['calls']:6d} x {k['kernel']}", flush=True)
         await serving
     await engine.shutdown(1.0)
-    return rows, start_s
 
 
 def main() -> None:
@@ -211,8 +210,11 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     args.runs = [Run.parse(run) if isinstance(run, str) else run for run in args.runs]
-    with tempfile.TemporaryDirectory() as folder:
-        rows, start_s = asyncio.run(measure(args, Path(folder)))
+    used = ("requests", "repeats", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "host_adapters")
+    settings = {k: getattr(args, k) for k in used}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, until_cut():
+        asyncio.run(measure(args, Path(folder), settings, rows))
     table = Table("shape", "method", "rank", "adapters", "tok/s", "of base", "TTFT s", "TPOT ms", "slots", "MiB each")
     for r in rows:
         table.add_row(
@@ -221,9 +223,7 @@ def main() -> None:
             f"{1e3 * r['tpot_s']:.1f}", f"{r['slots']} of {r['slots_at_hand']}", f"{r['adapter_bytes'] / 2**20:.1f}",
         )  # fmt: skip
     Console(width=120).print(table)
-    used = ("requests", "repeats", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "host_adapters")
-    settings = {k: getattr(args, k) for k in used}
-    settings |= {"start_s": round(start_s, 1), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+    settings["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     finish("gpu_serve", settings, rows, save=args.save)
 
 

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, finish
+from benchmarks.common import LLAMA_8B, finish, until_cut
 from multigraft.core.config import (
     AdapterConfig,
     CacheConfig,
@@ -113,32 +113,33 @@ def main() -> None:
         )
     plan = parts.trainer.memory
     plan.most_rows = 16 * LENGTH
-    for i, setting in enumerate(args.settings):
-        num_jobs, num_samples, mode = setting.split(":")
-        jobs, samples = int(num_jobs), int(num_samples)
-        plan._shrunk = mode == "again"
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with until_cut():
+        for i, setting in enumerate(args.settings):
+            num_jobs, num_samples, mode = setting.split(":")
+            jobs, samples = int(num_jobs), int(num_samples)
+            plan._shrunk = mode == "again"
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
 
-        run(parts, make_jobs(parts, jobs, args.rank, samples, 2))
-        ready = make_jobs(parts, jobs, args.rank, samples, args.passes)
-        seconds = run(parts, ready)
-        tokens = jobs * samples * args.passes * LENGTH
-        kept = mode == "keep" and plan.keeps(jobs * samples * LENGTH) and not plan._shrunk
-        row = {
-            "setting": setting,
-            "tok_s": tokens / seconds,
-            "kept": kept,
-            "pass_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
-            "planned_gib": sum(a * b for a, b in zip(plan._pass(kept), (1, jobs * samples * LENGTH), strict=True))
-            / 2**30,
-        }
-        rows.append(row)
-        print(row, flush=True)
-        if args.profile and i == 0:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                run(parts, make_jobs(parts, jobs, args.rank, samples, 1))
-            print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
+            run(parts, make_jobs(parts, jobs, args.rank, samples, 2))
+            ready = make_jobs(parts, jobs, args.rank, samples, args.passes)
+            seconds = run(parts, ready)
+            tokens = jobs * samples * args.passes * LENGTH
+            kept = mode == "keep" and plan.keeps(jobs * samples * LENGTH) and not plan._shrunk
+            row = {
+                "setting": setting,
+                "tok_s": tokens / seconds,
+                "kept": kept,
+                "pass_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
+                "planned_gib": sum(a * b for a, b in zip(plan._pass(kept), (1, jobs * samples * LENGTH), strict=True))
+                / 2**30,
+            }
+            rows.append(row)
+            print(row, flush=True)
+            if args.profile and i == 0:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    run(parts, make_jobs(parts, jobs, args.rank, samples, 1))
+                print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
     table = Table("jobs:samples of 1024:activations", "tok/s", "of PEFT", "GiB of a pass (planned)")
     for row in rows:
         share = f"{row['tok_s'] / rows[0]['tok_s']:.2f}" if args.peft else "-"

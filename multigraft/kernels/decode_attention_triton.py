@@ -20,8 +20,10 @@ PART = 256
 PROGRAMS = 2048
 """Wanted of a launch, by cutting contexts: about 15 for each of an H100's processors."""
 MAX_PARTS = 64
-BLOCK_N, NUM_WARPS, NUM_STAGES = 32, 2, 2
-"""256 rows of Llama-3.1-8B at context 288 on an H200: 93 us a layer; blocks of 64 102, of 128 126."""
+FEW_ROWS = 64
+BLOCKS = {True: (64, 4, 3), False: (32, 2, 2)}
+"""Keys of a block, warps, stages, by whether there are fewer than FEW_ROWS rows. Llama-3.1-8B, context 288, H200,
+us a layer: 1 row 10 with the former, 15 with the latter, 16 rows 15 and 20, 64 rows 31 and 30, 256 rows 117 and 94."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -161,12 +163,13 @@ class DecodeAttention:
         group = num_heads // self.num_kv_heads
         q, k, v = (_rows_whole(t) for t in (q_THD, k_TKD, v_TKD))
         parts = num_parts(num_rows, self.num_kv_heads)
+        block, num_warps, num_stages = BLOCKS[num_rows < FEW_ROWS]
         _decode_kernel[(self.num_kv_heads, num_rows, parts)](
             out_THD, q, k, v, k_cache, v_cache, pages, indptr, positions, self._partial, self._counters, scaling,
             q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0), k_cache.stride(1),
             HEADS=self.num_kv_heads, GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), D=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim), P=k_cache.shape[1], WINDOW=window or 0, SOFTCAP=softcap or 0.0,
-            PART=PART, PARTS=parts, BLOCK_N=BLOCK_N, STAGES=NUM_STAGES, num_warps=NUM_WARPS,
+            PART=PART, PARTS=parts, BLOCK_N=block, STAGES=num_stages, num_warps=num_warps,
         )  # fmt: skip
 
 
