@@ -42,7 +42,9 @@ LOAD_ROUNDS = 3
 TRAIN_SHARE = 0.25
 """Of the measuring time that goes into steps with training."""
 TRAIN_SIZES = (16, 4, 1, 8, 2)
-"""A pass has the largest possible number of rows over these, in turn."""
+"""A pass has the largest possible number of rows over these, in rounds of random order."""
+TRAIN_ROUNDS = 2
+"""At least: with fewer, a size may be in no fitted point, and the terms of training take any value."""
 TRAIN_PASSES = 200
 """Of a job, more than run before it is stopped."""
 HELD_OUT = 5
@@ -227,9 +229,11 @@ def _measure_training(
     if trainer.memory.max_rows < 1:
         return points  # fine-tuning is turned off
     rng, begun, before = runner.rng, time.monotonic(), probe(runner)
-    while (elapsed := time.monotonic() - begun) < seconds:
-        progress(f"Timing training: {len(points)} groups", 0.78 + 0.2 * elapsed / seconds)
-        rows = max(2, trainer.memory.max_rows // TRAIN_SIZES[len(points) % len(TRAIN_SIZES)])
+    sizes: list[int] = []
+    while (elapsed := time.monotonic() - begun) < seconds or len(points) < TRAIN_ROUNDS * len(TRAIN_SIZES):
+        progress(f"Timing training: {len(points)} groups", 0.78 + 0.2 * min(1.0, elapsed / seconds))
+        sizes = sizes or rng.sample(TRAIN_SIZES, len(TRAIN_SIZES))
+        rows = max(2, trainer.memory.max_rows // sizes.pop())
         job = random_job(core.parts, "calibration", tokens=rows * TRAIN_PASSES, microbatch=rows, rank=16)
         left = Future[None]()
         release_pool()
