@@ -24,7 +24,12 @@ from rich.table import Table
 from benchmarks.common import finish
 from multigraft import Engine, SamplingParams
 
-SETTINGS = {"all": {}, "one": {"OMP_NUM_THREADS": "1"}, "all, passive": {"OMP_WAIT_POLICY": "passive"}}
+SETTINGS = {
+    "all": {},
+    "one": {"OMP_NUM_THREADS": "1"},
+    "all, passive": {"OMP_WAIT_POLICY": "passive"},
+    **{f"all, {n:,} spins": {"GOMP_SPINCOUNT": str(n)} for n in (1_000, 10_000, 100_000)},
+}
 """Environments of the measured process."""
 
 
