@@ -24,13 +24,15 @@ from rich.table import Table
 from benchmarks.common import finish
 from multigraft import Engine, SamplingParams
 
+ALL = str(os.cpu_count() or 1)
 SETTINGS = {
-    "all": {},
+    "as the others leave": {},
+    "all": {"OMP_NUM_THREADS": ALL},
     "one": {"OMP_NUM_THREADS": "1"},
-    "all, passive": {"OMP_WAIT_POLICY": "passive"},
-    **{f"all, {n:,} spins": {"GOMP_SPINCOUNT": str(n)} for n in (1_000, 10_000, 100_000)},
+    "all, passive": {"OMP_NUM_THREADS": ALL, "OMP_WAIT_POLICY": "passive"},
+    "all, 1,000 spins": {"OMP_NUM_THREADS": ALL, "GOMP_SPINCOUNT": "1000"},
 }
-"""Environments of the measured process."""
+"""Environments of the measured process. The engine chooses by itself unless it is given a number (engine.neighbours)."""
 
 
 def measure(model: str) -> dict[str, float]:

@@ -42,10 +42,11 @@ from benchmarks.common import LLAMA_8B, finish, until_cut
 from multigraft.calibration.calibrate import calibrate, write_adapter
 from multigraft.calibration.drive import Drive, sized
 from multigraft.calibration.points import PointRunner
-from multigraft.calibration.speed import TOLERANCE, others_seconds, probe, slowness
+from multigraft.calibration.speed import TOLERANCE, probe, slowness
 from multigraft.core.config import EngineConfig, TrainingConfig
 from multigraft.engine import parts as engine_parts
 from multigraft.engine.core import EngineCore
+from multigraft.engine.neighbours import others_seconds
 from multigraft.engine.offline import make_config
 from multigraft.kernels.openmp import release_pool
 from multigraft.scheduling.steptime import StepShape

@@ -3,8 +3,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers side by side have a core each
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported. Workers side by side have a core each; and with a number given the engine keeps to it, also
+# beside other processes: other numbers of threads add up in another order.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else str(os.cpu_count() or 1))
 
 import pytest
 import transformers

@@ -3,11 +3,8 @@ down for seconds at a time, the latter unseen by anything but a clock."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from multigraft.core.region import Scope
 
@@ -51,14 +48,3 @@ def calm(probes: Sequence[Probe]) -> list[bool]:
     found = slowness(probes)
     limit = max(TOLERANCE, sorted(found)[len(found) // 2])
     return [factor <= limit for factor in found]
-
-
-def others_seconds() -> float:
-    """CPU time that other processes have taken so far, and other machines of that which was this one's: differences
-    tell. 0 where the system does not say."""
-    try:
-        fields = Path("/proc/stat").read_text().split(maxsplit=9)
-        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
-    except (OSError, ValueError):
-        return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from multigraft.engine.adapter_loads import AdapterLoads
 from multigraft.engine.client import EngineStats
 from multigraft.engine.detokenize import Detokenizer, check_stop
 from multigraft.engine.logprobs import prompt_logprobs
+from multigraft.engine.neighbours import Neighbours
 from multigraft.engine.parts import EngineParts
 from multigraft.engine.sampler import Launched, Sampled
 from multigraft.engine.step_clock import StepClock
@@ -204,6 +206,7 @@ class EngineCore:
     # On the engine's thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        neighbours = Neighbours() if self._adapts_threads() else None
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -219,6 +222,8 @@ class EngineCore:
                 for move in batch.loads:
                     self._loads.start(move)
                 if batch or batch.train is not None or self._in_flight is not None:
+                    if neighbours is not None:
+                        neighbours.look()
                     self._timed_step(batch)
                 self._flush()
                 if not batch and batch.train is None and self._in_flight is None:
@@ -260,6 +265,10 @@ class EngineCore:
         self._clock.begin()
         self._guarded_step(batch)
         self._clock.end(shape)
+
+    def _adapts_threads(self) -> bool:
+        """On the CPU, in one process, and unless the user has said how many threads."""
+        return self.parts.loaded.device.type == "cpu" and not self.parts.ranks and "OMP_NUM_THREADS" not in os.environ
 
     def _guarded_step(self, batch: Batch) -> None:
         try:

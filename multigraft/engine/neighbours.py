@@ -1,0 +1,64 @@
+"""Fewer threads while other processes take the cores.
+
+Every parallel region of a step waits until each of its threads has had a core. Beside a process that keeps one of two
+cores busy, steps with two threads take 4.4 times as long as alone, with one thread 1.5 times (benchmarks/neighbour.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 1.0
+"""Between two looks at the others."""
+ENOUGH = 0.4
+"""Of a core, taken by others, that is worth a thread. A process that wants all of a core gets 0.6 of it at least."""
+
+
+class Neighbours:
+    """To be asked for by the thread that computes, which alone changes its number of threads."""
+
+    def __init__(
+        self,
+        others: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        set_threads: Callable[[int], None] = torch.set_num_threads,
+        threads: int | None = None,
+    ):
+        """others: as others_seconds. threads: without neighbours."""
+        self._others, self._clock, self._set_threads = others or others_seconds, clock, set_threads
+        self._most = self._now = threads or torch.get_num_threads()
+        self._looked, self._taken = clock(), self._others()
+
+    def look(self) -> None:
+        """Change the number of threads if others have come or gone; at most once in PERIOD_S."""
+        now = self._clock()
+        if self._most == 1 or now - self._looked < PERIOD_S:
+            return
+        taken = self._others()
+        busy = (taken - self._taken) / (now - self._looked)
+        self._looked, self._taken = now, taken
+        wanted = max(1, self._most - math.floor(max(0.0, busy) + 1 - ENOUGH))
+        if wanted != self._now:
+            log.info("Other processes take %.1f cores: computing with %d of %d threads.", busy, wanted, self._most)
+            self._set_threads(wanted)
+            self._now = wanted
+
+
+def others_seconds() -> float:
+    """CPU time that other processes have taken so far, and other machines of that which was this one's: differences
+    tell. 0 where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split(maxsplit=9)
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
