@@ -32,7 +32,7 @@ SETTINGS = {
     "all, passive": {"OMP_NUM_THREADS": ALL, "OMP_WAIT_POLICY": "passive"},
     "all, 1,000 spins": {"OMP_NUM_THREADS": ALL, "GOMP_SPINCOUNT": "1000"},
 }
-"""Environments of the measured process. The engine chooses by itself unless it is given a number (engine.neighbours)."""
+"""Environments of the measured process. Without a number the engine chooses by itself (engine.neighbours)."""
 
 
 def measure(model: str) -> dict[str, float]:
