@@ -116,10 +116,10 @@ def segmented_lora_backward(
 
 @segmented_lora_backward.register_kernel("cuda")
 def _(g, x, arena, table, scales, tiles, out_features, block_m, max_rank, need_x, need_arena):
-    from . import lora_triton
+    from . import lora_triton_grad
 
-    work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
-    return lora_triton.backward(g, x, arena, work, out_features, need_x, need_arena)
+    work = lora_triton_grad.Work(table, scales, tiles, block_m, max_rank)
+    return lora_triton_grad.backward(g, x, arena, work, out_features, need_x, need_arena)
 
 
 @segmented_lora_backward.register_fake

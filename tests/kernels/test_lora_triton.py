@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multigraft.kernels import lora_reference, lora_triton
+from multigraft.kernels import lora_reference, lora_triton, lora_triton_grad
 from multigraft.kernels.tiles import BASE, cut_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -84,7 +84,7 @@ def test_backward(mixed_case, dtype, block_m):
     work = lora_triton.Work(case.table, case.scales, tiles, block_m, case.max_rank)
     g = torch.randn_like(case.y)
     g[case.gap_rows()] = torch.nan
-    d_x, d_arena = lora_triton.backward(g, case.x, case.arena, work, case.out_features)
+    d_x, d_arena = lora_triton_grad.backward(g, case.x, case.arena, work, case.out_features)
 
     exact = [t.cpu().double() for t in (g, case.x, case.arena)]
     tables = [t.cpu() for t in (case.table, case.scales, tiles)]
@@ -105,10 +105,10 @@ def test_backward_computes_only_what_is_needed(lora_case, device):
     case = lora_case([[4]], [(0, 3, 0)], 32, [16], device=device)
     work = lora_triton.Work(case.table, case.scales, case.tiles(64), 64, case.max_rank)
     g = torch.randn_like(case.y)
-    d_x, d_arena = lora_triton.backward(g, case.x, case.arena, work, [16])
-    only_x, nothing = lora_triton.backward(g, case.x, case.arena, work, [16], need_arena=False)
+    d_x, d_arena = lora_triton_grad.backward(g, case.x, case.arena, work, [16])
+    only_x, nothing = lora_triton_grad.backward(g, case.x, case.arena, work, [16], need_arena=False)
     assert torch.equal(only_x, d_x) and nothing.numel() == 0
-    nothing, only_arena = lora_triton.backward(g, case.x, case.arena, work, [16], need_x=False)
+    nothing, only_arena = lora_triton_grad.backward(g, case.x, case.arena, work, [16], need_x=False)
     assert torch.equal(only_arena, d_arena) and nothing.numel() == 0
 
 
@@ -118,7 +118,7 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
     case.arena = case.arena.float()
     case.check_rows(forward(case, torch.zeros_like(case.y), 4), case.delta(), 1e-2)
     work = lora_triton.Work(case.table, case.scales, case.tiles(64), 64, case.max_rank)
-    assert lora_triton.backward(case.y, case.x, case.arena, work, case.out_features)[1].dtype == torch.float32
+    assert lora_triton_grad.backward(case.y, case.x, case.arena, work, case.out_features)[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("block_m", [4, 64])
