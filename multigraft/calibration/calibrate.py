@@ -68,7 +68,7 @@ def calibrate(
 
     points_file: gets what the fit is made from, a JSON line for each group of steps.
 
-    Start-up and load times come on top: with 150 s, some 3 minutes on either device.
+    Start-up, load times and what two rounds of TRAIN_SIZES take beyond their share come on top.
     """
     slots = max(SLOTS, config.adapters.max_loras)
     adapters = replace(config.adapters, max_loras=slots, max_cpu_loras=max(4 * SLOTS, config.adapters.max_cpu_loras))

@@ -23,18 +23,29 @@ ENOUGH = 0.4
 """Of a core, taken by others, that is worth a thread. A process that wants all of a core gets 0.6 of it at least."""
 
 
+def others_seconds() -> float:
+    """CPU time that other processes have taken so far, and other machines of that which was this one's: differences
+    tell. 0 where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split(maxsplit=9)
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 class Neighbours:
     """To be asked for by the thread that computes, which alone changes its number of threads."""
 
     def __init__(
         self,
-        others: Callable[[], float] | None = None,
+        others: Callable[[], float] = others_seconds,
         clock: Callable[[], float] = time.monotonic,
         set_threads: Callable[[int], None] = torch.set_num_threads,
         threads: int | None = None,
     ):
         """others: as others_seconds. threads: without neighbours."""
-        self._others, self._clock, self._set_threads = others or others_seconds, clock, set_threads
+        self._others, self._clock, self._set_threads = others, clock, set_threads
         self._most = self._now = threads or torch.get_num_threads()
         self._looked, self._taken = clock(), self._others()
 
@@ -51,14 +62,3 @@ class Neighbours:
             log.info("Other processes take %.1f cores: computing with %d of %d threads.", busy, wanted, self._most)
             self._set_threads(wanted)
             self._now = wanted
-
-
-def others_seconds() -> float:
-    """CPU time that other processes have taken so far, and other machines of that which was this one's: differences
-    tell. 0 where the system does not say."""
-    try:
-        fields = Path("/proc/stat").read_text().split(maxsplit=9)
-        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
-    except (OSError, ValueError):
-        return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()

@@ -8,6 +8,7 @@ there are: the work table lies in a fixed buffer, as do all inputs, and is fille
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,15 +18,15 @@ from torch import nn
 from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
 from multigraft.kernels.tiles import BASE, DECODE_ROWS, UNUSED, cut_tiles, max_tiles
+from multigraft.models.captured import KNOWN, Captured, with_late
 from multigraft.models.flashinfer import DecodeRows, FlashInferBackend, gather_pages
 from multigraft.models.graph_inputs import GraphInputs
-from multigraft.models.parallel import Counts, Group
+from multigraft.models.parallel import Group
 from multigraft.models.segments import CudaGrafts
 
 if TYPE_CHECKING:
     from multigraft.models.runner import LateTokens
 
-UNKNOWN = -1
 CAPTURED = tuple(map(frozenset, ((), (SiteKind.LINEAR,), (SiteKind.RESIDUAL,), (SiteKind.LINEAR, SiteKind.RESIDUAL))))
 """Kinds of sites at which a graph has adapter operations."""
 
@@ -70,9 +71,7 @@ class DecodeGraphs:
         dtype = attention.kv.k.dtype
         self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
-        self._graphs: dict[tuple[int, frozenset[SiteKind]], torch.cuda.CUDAGraph] = {}
-        self._group = group
-        self._collectives: dict[tuple[int, frozenset[SiteKind]], Counts] = {}
+        self._captured = Captured(group)
         grafts.warm_up()
         self._capture_all()
 
@@ -95,9 +94,7 @@ class DecodeGraphs:
             self._late_tokens[: len(late.tokens)].copy_(late.tokens)
         kinds = self._kinds(batch)
         assert kinds is not None
-        self._graphs[size, kinds].replay()
-        if self._group is not None:
-            self._group.count(self._collectives[size, kinds])
+        self._captured.replay(size, kinds)
         return self._logits[: len(batch.spans)]
 
     def _kinds(self, batch: Batch) -> frozenset[SiteKind] | None:
@@ -114,7 +111,7 @@ class DecodeGraphs:
         starts = np.fromiter((s.start for s in spans), np.int64, n)
         inputs["ids"][:n] = np.fromiter((s.request.tokens[s.start] for s in spans), np.int64, n)
         inputs["ids"][n:size] = 0
-        inputs["late_rows"][:size] = UNKNOWN
+        inputs["late_rows"][:size] = KNOWN
         if late is not None:
             inputs["late_rows"][:n] = np.fromiter((late.row(s) for s in spans), np.int64, n)
         inputs["positions"][:n] = starts
@@ -136,14 +133,12 @@ class DecodeGraphs:
 
     def _forward(self, size: int) -> None:
         ids, positions, late = (self._inputs.on_device[name][:size] for name in ("ids", "positions", "late_rows"))
-        ids = torch.where(late < 0, ids, self._late_tokens[late.clamp(min=0)].clamp(min=0))
+        ids = with_late(ids, late, self._late_tokens)
         out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
         self._logits[:size].copy_(out)
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory. First passes outside compile, tune and plan."""
-        pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             num_tiles = max_tiles(size, self.grafts.bank.max_slots)
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
@@ -154,16 +149,7 @@ class DecodeGraphs:
             )
             for kinds in CAPTURED:
                 self.grafts.begin_fixed(tiles, DECODE_ROWS, kinds)
-                self._forward(size)  # for each: a kernel may be tuned anew for another size, which a capture forbids
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                if self._group is not None:
-                    self._group.counts = self._collectives[size, kinds] = {}
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self._forward(size)
-                self._graphs[size, kinds] = graph
-                if self._group is not None:
-                    self._group.counts = {}  # not of the next one's pass outside
+                self._captured.capture(size, kinds, partial(self._forward, size))
 
 
 def padded_sizes(max_rows: int) -> list[int]:

@@ -139,10 +139,13 @@ class FlashInferBackend:
         """Fill the buffers, but for kv_rows, for the spans of a step that is to be captured or replayed; none: for as
         many rows as it has at most."""
         self._plans_copied.synchronize()
-        for maths in fixed.wrappers:
-            self._plan_fixed(fixed, maths, spans)
+        tables = self._fixed_tables(fixed, spans)
+        for maths, wrapper in fixed.wrappers.items():
+            _plan(wrapper, maths, self.kv, *tables, fixed=True)
+        self._plans_copied.record()
 
-    def _plan_fixed(self, fixed: FixedSpans, maths: tuple[Any, ...], spans: Sequence[Span]) -> None:
+    def _fixed_tables(self, fixed: FixedSpans, spans: Sequence[Span]) -> tuple[torch.Tensor, ...]:
+        """What _plan takes, of as many spans as `fixed` has room for; none: see plan_fixed."""
         room = len(fixed.last_page_len)
         lengths, stops = np.zeros(room, np.int32), np.zeros(room, np.int32)
         if spans:
@@ -154,12 +157,8 @@ class FlashInferBackend:
         p = self.kv.page_size
         counts = -(-stops // p)
         pages = gather_pages(spans, counts[: len(spans)]) if spans else np.zeros(int(counts.sum()), np.int32)
-        _plan(
-            fixed.wrappers[maths], maths, self.kv, _indptr(lengths), _indptr(counts),
-            upload(torch.from_numpy(pages), self.kv.k.device), torch.from_numpy(stops - p * np.maximum(counts - 1, 0)),
-            fixed=True,
-        )  # fmt: skip
-        self._plans_copied.record()
+        last_page_len = torch.from_numpy(stops - p * np.maximum(counts - 1, 0))
+        return _indptr(lengths), _indptr(counts), upload(torch.from_numpy(pages), self.kv.k.device), last_page_len
 
     def attend(
         self,
@@ -204,12 +203,13 @@ class FlashInferBackend:
     def _fixed_wrapper(self, fixed: FixedSpans, maths: tuple[Any, ...]) -> Any:
         """The wrapper for this maths; made, and planned for as many rows as there may be, before a capture."""
         if maths not in fixed.wrappers:
-            fixed.wrappers[maths] = self._library.BatchPrefillWithPagedKVCacheWrapper(
+            wrapper = fixed.wrappers[maths] = self._library.BatchPrefillWithPagedKVCacheWrapper(
                 self._workspace, "NHD", backend="fa2", use_cuda_graph=True,
                 qo_indptr_buf=fixed.row_indptr, paged_kv_indptr_buf=fixed.page_indptr,
                 paged_kv_indices_buf=fixed.pages, paged_kv_last_page_len_buf=fixed.last_page_len,
             )  # fmt: skip
-            self._plan_fixed(fixed, maths, ())
+            _plan(wrapper, maths, self.kv, *self._fixed_tables(fixed, ()), fixed=True)
+            self._plans_copied.record()
         return fixed.wrappers[maths]
 
 

@@ -8,6 +8,7 @@ what the GPU takes, so a prompt that comes alone has its first token in a quarte
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import nn
 from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch
 from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, cut_tiles
+from multigraft.models.captured import KNOWN, Captured, with_late
 from multigraft.models.flashinfer import FixedSpans, FlashInferBackend
 from multigraft.models.graph_inputs import GraphInputs
-from multigraft.models.parallel import Counts, Group
+from multigraft.models.parallel import Group
 from multigraft.models.rows import NO_SLOT, Rows
 from multigraft.models.segments import CudaGrafts
 
@@ -77,12 +79,10 @@ class MixedGraphs:
         max_pages = max_spans * -(-max_len // attention.kv.page_size)
         pages = torch.zeros(max_pages, dtype=torch.int32, device=device)
         kv_rows = self._inputs.on_device["kv_rows"]
-        self._spans = {n: FixedSpans.make(min(n, max_spans), pages, kv_rows[:n]) for n in self.sizes}
+        self._spans = {n: FixedSpans.make(self._num_spans(n), pages, kv_rows[:n]) for n in self.sizes}
         self._logits = torch.empty(max_spans, vocab_size, dtype=dtype, device=device)
         self._late_tokens = torch.zeros(max_spans, dtype=torch.int64, device=device)
-        self._graphs: dict[tuple[int, frozenset[SiteKind]], torch.cuda.CUDAGraph] = {}
-        self._group = group
-        self._collectives: dict[tuple[int, frozenset[SiteKind]], Counts] = {}
+        self._captured = Captured(group)
         self._capture_all()
 
     def covers(self, batch: Batch, rows: Rows) -> bool:
@@ -104,9 +104,7 @@ class MixedGraphs:
             self._late_tokens[: len(late.tokens)].copy_(late.tokens)
         kinds = self._kinds(batch)
         assert kinds is not None
-        self._graphs[size, kinds].replay()
-        if self._group is not None:
-            self._group.count(self._collectives[size, kinds])
+        self._captured.replay(size, kinds)
         return self._logits[: len(rows.sampled)]
 
     def _kinds(self, batch: Batch) -> frozenset[SiteKind] | None:
@@ -116,8 +114,8 @@ class MixedGraphs:
     def _num_tiles(self, size: int) -> int:
         return size // PREFILL_ROWS + min(size, SEGMENTS)
 
-    def _num_heads(self, size: int) -> int:
-        """Rows of a graph that go through the output head."""
+    def _num_spans(self, size: int) -> int:
+        """Spans of a step of so many rows at most, and rows of its graph that go through the output head."""
         return min(size, self.max_spans)
 
     def _prepare(self, batch: Batch, rows: Rows, size: int, late: LateTokens | None = None) -> None:
@@ -127,7 +125,7 @@ class MixedGraphs:
         inputs.wait()
         inputs["ids"][:n], inputs["ids"][n:size] = rows.ids, 0
         inputs["positions"][:n], inputs["positions"][n:size] = rows.positions, 0
-        inputs["late_rows"][:size] = -1
+        inputs["late_rows"][:size] = KNOWN
         if late is not None:
             ends = np.cumsum([s.length for s in spans]) - 1
             inputs["late_rows"][ends] = [late.row(s) for s in spans]
@@ -147,8 +145,8 @@ class MixedGraphs:
     def _forward(self, size: int) -> None:
         on_device = self._inputs.on_device
         ids, positions, late = (on_device[name][:size] for name in ("ids", "positions", "late_rows"))
-        ids = torch.where(late < 0, ids, self._late_tokens[late.clamp(min=0)].clamp(min=0))
-        heads = self._num_heads(size)
+        ids = with_late(ids, late, self._late_tokens)
+        heads = self._num_spans(size)
         out = self.model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -159,21 +157,10 @@ class MixedGraphs:
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory. First passes outside compile, tune and plan."""
-        pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[: self._num_tiles(size)]
             self._prepare(Batch(), Rows.of(Batch()), size)
             self.attention.begin_fixed(self._spans[size])
             for kinds in CAPTURED:
                 self.grafts.begin_fixed(tiles, PREFILL_ROWS, kinds)
-                self._forward(size)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                if self._group is not None:
-                    self._group.counts = self._collectives[size, kinds] = {}
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self._forward(size)
-                self._graphs[size, kinds] = graph
-                if self._group is not None:
-                    self._group.counts = {}  # not of the next one's pass outside
+                self._captured.capture(size, kinds, partial(self._forward, size))
