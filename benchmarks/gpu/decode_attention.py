@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import finish
+from benchmarks.gpu.lora_kernels import graph_us, relative_error
 from multigraft.kernels import decode_attention_triton as kernel
 from multigraft.models.flashinfer import WORKSPACE_BYTES
 
@@ -26,7 +28,6 @@ H, K, D, P = 32, 8, 128, 16
 LAYERS = 8
 MAX_PAGES = 2**18
 """Of the cache: 16 GiB at one layer in eight."""
-REPLAYS = 10
 
 
 class Case:
@@ -96,24 +97,8 @@ class Case:
 
 
 def microseconds(call: Callable[[int], Any]) -> float:
-    """Of one layer, the median of REPLAYS replays."""
-    for i in range(LAYERS):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(LAYERS):
-            call(i)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1e3 * start.elapsed_time(stop) / LAYERS)
-    return sorted(times)[REPLAYS // 2]
+    """Of one layer."""
+    return graph_us([partial(call, layer) for layer in range(LAYERS)])
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -128,7 +113,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             kinds["xqa"] = case.xqa
         for name, make in kinds.items():
             call = make()
-            error = ((call(0).float() - expected).norm() / expected.norm()).item()
+            error = relative_error(call(0), expected)
             us = microseconds(call) + (0.0 if name == "ours" else copies)
             yield {"kernel": name, "rows": rows, "context": context, "us": us, "copies": copies, "error": error,
                    "tb_s": case.nbytes / us / 1e6}  # fmt: skip
