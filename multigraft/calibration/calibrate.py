@@ -24,7 +24,7 @@ from multigraft.engine import parts as engine_parts
 from multigraft.engine.core import EngineCore
 from multigraft.engine.parts import EngineParts
 from multigraft.kernels.openmp import release_pool
-from multigraft.scheduling.steptime import StepTimeModel
+from multigraft.scheduling.steptime import StepShape, StepTimeModel
 from multigraft.twin.profile import LoadTimes, Memory, Profile, these_versions, this_machine
 
 from .jobs import random_job
@@ -43,18 +43,21 @@ TRAIN_SHARE = 0.25
 """Of the measuring time that goes into steps with training."""
 TRAIN_SIZES = (16, 4, 1, 8, 2)
 """A pass has the largest possible number of rows over these, in rounds of random order."""
-TRAIN_ROUNDS = 2
-"""At least: with fewer, a size may be in no fitted point, and the terms of training take any value."""
-TRAIN_PASSES = 200
-"""Of a job, more than run before it is stopped."""
-HELD_OUT = 5
-"""Every so many points are not fitted, but tell the error."""
+TRAIN_ROUNDS = 3
+"""At least, of which the first is not counted: it finds kernels that were never run with so many rows. With one round
+counted, a size may be in no fitted point, and the terms of training take any value."""
+TRAIN_PASSES = 3
+"""Of a point's job, one in the first round: on a CPU a large pass takes seconds."""
+FOLDS = 5
+"""Each of so many parts of the points, drawn at random, tells the error of a fit to the others."""
 COLD = 3
 """The first so many points are not counted."""
 
 LATE = 0.9
 """Quantile of what points take longer than predicted that is the profile's margin."""
 
+Predicted = tuple[StepShape, float, float]
+"""A step, its seconds and those that were predicted."""
 Point = tuple[Probe, list[Timed]]
 """The slower probe before and behind it (see speed), and its steps."""
 Progress = Callable[[str, float], None]
@@ -68,7 +71,7 @@ def calibrate(
 
     points_file: gets what the fit is made from, a JSON line for each group of steps.
 
-    Start-up, load times and what two rounds of TRAIN_SIZES take beyond their share come on top.
+    Start-up, load times and what TRAIN_ROUNDS of TRAIN_SIZES take beyond their share come on top.
     """
     slots = max(SLOTS, config.adapters.max_loras)
     adapters = replace(config.adapters, max_loras=slots, max_cpu_loras=max(4 * SLOTS, config.adapters.max_cpu_loras))
@@ -102,16 +105,13 @@ def calibrate(
                 file.write(json.dumps({"probe": slowest, "steps": steps}) + "\n")
     counted = calm([slowest for slowest, _ in points])
     kept = [timed for (_, timed), ok in zip(points, counted, strict=True) if ok and timed]
-    held_out = kept[::HELD_OUT]
-    fitted = [step for i, timed in enumerate(kept) if i % HELD_OUT for step in timed]
-    steps = StepTimeModel.fit(*zip(*fitted, strict=True), robust=True)
-    found = errors(steps, held_out) | {"left_out": 1 - sum(counted) / len(counted)}
+    found = held_out_errors(kept, rng) | {"left_out": 1 - sum(counted) / len(counted)}
     loaded = parts.loaded
     return Profile(
         model=loaded.name,
         hardware=this_machine(torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else None),
         versions=these_versions(),
-        steps=steps,
+        steps=fit(kept),
         loads=loads,
         memory=_memory(config, parts),
         max_model_len=loaded.max_model_len,
@@ -124,12 +124,27 @@ def calibrate(
     )
 
 
-def errors(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> dict[str, float]:
-    """Relative errors on held-out points: of single steps, and of the points' whole times, where noise cancels."""
-    steps = [abs(e) for point in points for e in model.errors(*zip(*point, strict=True))]
-    sums = [abs(sum(model.predict(s) for s, _ in point) / sum(t for _, t in point) - 1) for point in points]
-    prompts = [[timed for timed in point if timed[0].prefill_rows] for point in points]
-    decodes = [[timed for timed in point if timed[0].decode_rows and not timed[0].prefill_rows] for point in points]
+def fit(points: Sequence[Sequence[Timed]]) -> StepTimeModel:
+    return StepTimeModel.fit(*zip(*(step for point in points for step in point), strict=True), robust=True)
+
+
+def held_out_errors(points: Sequence[Sequence[Timed]], rng: Random) -> dict[str, float]:
+    """Relative errors on points that were not fitted: of single steps, and of the points' whole times, where noise
+    cancels."""
+    order = rng.sample(points, len(points))
+    found: list[list[Predicted]] = []
+    for i in range(FOLDS):
+        model = fit([point for j, point in enumerate(order) if j % FOLDS != i])
+        found += [[(shape, seconds, model.predict(shape)) for shape, seconds in point] for point in order[i::FOLDS]]
+    return errors(found)
+
+
+def errors(points: Sequence[Sequence[Predicted]]) -> dict[str, float]:
+    steps = [abs(predicted / seconds - 1) for point in points for _, seconds, predicted in point]
+    sums = [abs(1 / (1 + _late(point)) - 1) for point in points]
+    prompts = [[step for step in point if step[0].prefill_rows] for point in points]
+    decodes = [[step for step in point if step[0].decode_rows and not step[0].prefill_rows] for point in points]
+    trained = [e for e, point in zip(sums, points, strict=True) if any(shape.train_layers for shape, _, _ in point)]
     return {
         "held_out_steps": len(steps),
         "step_mean": statistics.mean(steps),
@@ -138,15 +153,21 @@ def errors(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> dict[str,
         "step_worst": max(steps),
         "point_mean": statistics.mean(sums),
         "point_worst": max(sums),
-        "late_prompts": lateness(model, prompts),
-        "late_decodes": lateness(model, decodes),
+        "train_point_mean": statistics.mean(trained) if trained else 0.0,
+        "late_prompts": lateness(prompts),
+        "late_decodes": lateness(decodes),
     }
 
 
-def lateness(model: StepTimeModel, points: Sequence[Sequence[Timed]]) -> float:
+def lateness(points: Sequence[Sequence[Predicted]]) -> float:
     """By what share of its prediction a point takes longer: the quantile LATE of all points, or 0 if that is less."""
-    late = [sum(t for _, t in point) / sum(model.predict(s) for s, _ in point) - 1 for point in points if point]
-    return max(0.0, sorted(late)[int(LATE * len(late))]) if late else 0.0
+    late = sorted(_late(point) for point in points if point)
+    return max(0.0, late[int(LATE * len(late))]) if late else 0.0
+
+
+def _late(point: Sequence[Predicted]) -> float:
+    """Relative to its prediction, signed."""
+    return sum(seconds for _, seconds, _ in point) / sum(predicted for _, _, predicted in point) - 1
 
 
 # Adapters ------------------------------------------------------------------------------------------------------
@@ -210,7 +231,7 @@ def _measure_steps(
     """The first points find cold caches and are not counted."""
     points: list[Point] = []
     begun, before = time.monotonic(), probe(runner)
-    while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * HELD_OUT:
+    while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * FOLDS:
         progress(f"Timing steps: {len(points)} groups", 0.1 + 0.66 * min(1.0, elapsed / seconds))
         plans = draw_point(runner.rng, names, core)
         runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
@@ -234,7 +255,8 @@ def _measure_training(
         progress(f"Timing training: {len(points)} groups", 0.78 + 0.2 * min(1.0, elapsed / seconds))
         sizes = sizes or rng.sample(TRAIN_SIZES, len(TRAIN_SIZES))
         rows = max(2, trainer.memory.max_rows // sizes.pop())
-        job = random_job(core.parts, "calibration", tokens=rows * TRAIN_PASSES, microbatch=rows, rank=16)
+        passes = TRAIN_PASSES if len(points) >= len(TRAIN_SIZES) else 1
+        job = random_job(core.parts, "calibration", tokens=rows * passes, microbatch=rows, rank=16)
         left = Future[None]()
         release_pool()
         core.post(partial(trainer.start, job, 1.0, lambda event: None, left))
@@ -243,12 +265,11 @@ def _measure_training(
             for i in range(rng.choice([1, 4, 16]))
         ]
         runner.run(plans)
-        core.post(partial(trainer.stop, job.id))
-        left.result(120)
+        left.result(300)
         timed, after = share.take(), probe(runner)
         points.append((slower(before, after), timed))
         before = after
-    return points
+    return points[len(TRAIN_SIZES) :]
 
 
 # Memory --------------------------------------------------------------------------------------------------------

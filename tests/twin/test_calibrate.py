@@ -12,7 +12,7 @@ from multigraft.calibration.drive import Drive
 from multigraft.engine import parts
 from multigraft.engine.core import EngineCore
 from multigraft.engine.offline import make_config
-from multigraft.scheduling.steptime import FEATURES, StepShape, StepTimeModel
+from multigraft.scheduling.steptime import StepShape
 from multigraft.twin.profile import Profile
 from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
@@ -22,10 +22,9 @@ from tests.twin.made import poisson
 
 
 def test_the_margin_is_what_steps_take_longer_than_predicted() -> None:
-    model = StepTimeModel(tuple(float(name == "step") for name in FEATURES))
     prompt, decode = StepShape(prefill_rows=9, decode_rows=1), StepShape(decode_rows=2)
-    points = [[(prompt, 1 + k / 100), (prompt, 1.0 + k / 100), (decode, 0.8)] for k in range(20)]
-    found = errors(model, [*points, [(decode, 0.5)]])
+    points = [[(prompt, 1 + k / 100, 1.0), (prompt, 1 + k / 100, 1.0), (decode, 0.8, 1.0)] for k in range(20)]
+    found = errors([*points, [(decode, 0.5, 1.0)]])
     assert found["late_prompts"] == pytest.approx(0.18) and found["late_decodes"] == 0.0
     assert found["held_out_steps"] == 61
 
