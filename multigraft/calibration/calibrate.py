@@ -46,7 +46,7 @@ TRAIN_SIZES = (16, 4, 1, 8, 2)
 TRAIN_ROUNDS = 3
 """At least, of which the first is not counted: it finds kernels that were never run with so many rows. With one round
 counted, a size may be in no fitted point, and the terms of training take any value."""
-TRAIN_PASSES = 3
+TRAIN_PASSES = 2
 """Of a point's job, one in the first round: on a CPU a large pass takes seconds."""
 FOLDS = 5
 """Each of so many parts of the points, drawn at random, tells the error of a fit to the others."""
@@ -125,7 +125,7 @@ def calibrate(
 
 
 def fit(points: Sequence[Sequence[Timed]]) -> StepTimeModel:
-    return StepTimeModel.fit(*zip(*(step for point in points for step in point), strict=True), robust=True)
+    return StepTimeModel.fit(*zip(*(step for point in points for step in point), strict=True))
 
 
 def held_out_errors(points: Sequence[Sequence[Timed]], rng: Random) -> dict[str, float]:

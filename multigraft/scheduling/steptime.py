@@ -17,10 +17,10 @@ from multigraft.core.errors import InvalidRequest
 
 REFINE_RATE = 0.02
 """Share of a step's surprise that goes into the correction: about 50 steps to follow a change."""
-ROUNDS, SMALL_ERROR = 10, 0.03
-"""Of a robust fit: how often it is weighed anew, and relative errors that count by their squares."""
+ROUNDS, SMALL_ERROR = 5, 0.03
+"""Of a fit: how often it is weighed anew, and relative errors that count by their squares."""
 TURNS, CLEARLY = 6, 0.9
-"""How often a fit decides anew which steps wait for the host; and what share of the errors may be left for them to do."""
+"""How often a fit decides anew which steps wait for the host, and what share of the errors that must leave."""
 ROW_KNOTS = (0, 16, 64, 256, 1024)
 """The cost of a row may differ between these row counts: few rows wait for weights, many for arithmetic."""
 
@@ -168,7 +168,7 @@ FEATURES = (
 HOST = FEATURES.index("host_train_step")
 """From here on they are of the host's time, before that of the device's."""
 
-_CONTEXT = FEATURES.index("decode_context")
+_CONTEXT, _LAYERS = FEATURES.index("decode_context"), FEATURES.index("train_layers")
 
 
 @dataclass(slots=True)
@@ -204,29 +204,32 @@ class StepTimeModel:
             self.correction *= min(2.0, max(0.5, seconds / predicted)) ** REFINE_RATE
 
     @classmethod
-    def fit(cls, shapes: Sequence[StepShape], seconds: Sequence[float], *, robust: bool = False) -> StepTimeModel:
-        """Least squares of the relative error under non-negative weights. Terms that never occur get weight 0, and so do
-        the host's unless they explain the steps with training clearly better.
+    def fit(cls, shapes: Sequence[StepShape], seconds: Sequence[float]) -> StepTimeModel:
+        """Least absolute relative errors, but for small ones, under non-negative weights (Huber's loss by iterated
+        weights): spells in which the machine was slow do not count.
 
-        robust: least absolute errors, but for small ones, so that spells in which the machine was slow do not count
-        (Huber's loss by iterated weights; some ten times the work).
+        Terms that never occur get weight 0, and so do the host's unless they explain the steps with training clearly
+        better. 27 ms for the steps that TrainingShare looks at.
         """
         import numpy as np
 
         times = np.asarray(seconds, dtype=float)
         assert len(shapes) == len(times) > 0 and (times > 0).all()
         a = np.array([shape.features() for shape in shapes], dtype=float) / times[:, None]
+        by_device, by_host = a[:, :HOST], a[:, HOST:]
         trained = np.array([shape.train_rows for shape in shapes])
-        trains = a[:, HOST] > 0
-        # Each step waits for the device or for the host: fit both, see which is slower, again. Small passes wait first.
-        waits = trains & (trained <= np.median(trained[trains])) if trains.any() else trains
-        best = _fit_ones(a[:, :HOST], robust), np.zeros(len(FEATURES) - HOST)
-        least = CLEARLY * np.abs(a[:, :HOST] @ best[0] - 1)[trains].sum()
+        trains = trained > 0
+        best = _fit_ones(by_device), np.zeros(len(FEATURES) - HOST)
+        least = CLEARLY * np.abs(by_device @ best[0] - 1)[trains].sum()
+        # Or a layer costs the host's time, and each step waits for the host or for the device: fit both, see which is
+        # slower, again. At first the smaller passes wait for the host.
+        by_device = np.where(np.arange(HOST) == _LAYERS, 0.0, by_device)
+        waits = trains & (trained <= np.median(np.unique(trained[trains]))) if trains.any() else trains
         for _ in range(TURNS):
             if not waits.any() or waits.all():
                 break
-            pair = _fit_ones(a[~waits, :HOST], robust), _fit_ones(a[waits, HOST:], robust)
-            device, host = a[:, :HOST] @ pair[0], a[:, HOST:] @ pair[1]
+            pair = _fit_ones(by_device[~waits]), _fit_ones(by_host[waits])
+            device, host = by_device @ pair[0], by_host @ pair[1]
             error = np.abs(np.maximum(device, host) - 1)[trains].sum()
             if error < least:
                 least, best = error, pair
@@ -259,7 +262,7 @@ class StepTimeModel:
         return cls(tuple(map(float, values[:-1])), float(values[-1]))
 
 
-def _fit_ones(a: Any, robust: bool) -> Any:
+def _fit_ones(a: Any) -> Any:
     """x >= 0 with which a x is 1 everywhere, as nearly as can be; a: (n, k)."""
     import numpy as np
 
@@ -267,7 +270,7 @@ def _fit_ones(a: Any, robust: bool) -> Any:
     scale[scale == 0] = 1.0
     a = a / scale
     weight = np.ones(len(a))
-    for _ in range(ROUNDS if robust else 1):
+    for _ in range(ROUNDS):
         solution = nonnegative_least_squares(a * weight[:, None], weight)
         weight = np.maximum(np.abs(a @ solution - 1), SMALL_ERROR) ** -0.5
     return solution / scale

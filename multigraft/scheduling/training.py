@@ -72,7 +72,7 @@ class TrainingShare:
         low, high = 0, most  # the largest part within the limit, by bisection
         while low < high:
             middle = (low + high + 1) // 2
-            if self.model.predict(_with(shape, work.part(middle))) <= limit:
+            if self.model.predict(with_part(shape, work.part(middle))) <= limit:
                 low = middle
             else:
                 high = middle - 1
@@ -82,7 +82,7 @@ class TrainingShare:
             return None
         part = work.part(layers)
         before = 0.0 if idle else self.model.predict(shape)
-        self.granted_seconds += max(0.0, self.model.predict(_with(shape, part)) - before)
+        self.granted_seconds += max(0.0, self.model.predict(with_part(shape, part)) - before)
         return part
 
     def _limit(self, shape: StepShape, num_waiting: int) -> float:
@@ -115,7 +115,8 @@ class TrainingShare:
         return sum(shape.train_backward > 0 for shape, _ in self._trained)
 
 
-def _with(shape: StepShape, part: TrainPart) -> StepShape:
+def with_part(shape: StepShape, part: TrainPart) -> StepShape:
+    """The shape of a step that does the part beside."""
     return replace(
         shape,
         train_rows=part.rows,

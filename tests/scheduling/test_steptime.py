@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from scipy.optimize import nnls
 from multigraft.core.batch import Batch, Phase, Span, TrainPart
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.request import AdapterRef, Request, SamplingParams, Scope
-from multigraft.scheduling.steptime import FEATURES, StepShape, StepTimeModel, nonnegative_least_squares
+from multigraft.scheduling import steptime
+from multigraft.scheduling.steptime import FEATURES, HOST, StepShape, StepTimeModel, nonnegative_least_squares
+from tests.scheduling.made_gpu import MadeGpu, served, training_point
 
 
 def span(phase: Phase, start: int, length: int, tokens: int, ref: AdapterRef | None = None) -> Span:
@@ -101,7 +104,7 @@ def test_fit_recovers_times_of_unseen_steps_and_survives_json() -> None:
     assert again == model
 
 
-def test_a_robust_fit_leaves_slow_spells_out() -> None:
+def test_slow_spells_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     true = StepTimeModel(tuple(rng.random() * 1e-6 for _ in FEATURES))
     shapes = [random_shape(rng) for _ in range(400)]
@@ -111,7 +114,59 @@ def test_a_robust_fit_leaves_slow_spells_out() -> None:
     def worst(model: StepTimeModel) -> float:
         return max(map(abs, model.errors(shapes, clean)))
 
-    assert worst(StepTimeModel.fit(shapes, seconds, robust=True)) < 0.05 < worst(StepTimeModel.fit(shapes, seconds))
+    assert worst(StepTimeModel.fit(shapes, seconds)) < 0.05
+    monkeypatch.setattr(steptime, "ROUNDS", 1)
+    assert worst(StepTimeModel.fit(shapes, seconds)) > 0.05, "least squares"
+
+
+SIZES = (512, 1024, 2048, 4096, 8192)
+
+
+def made_points(seed: int, serving: int, rounds: int) -> dict[int, list[list[tuple[StepShape, float]]]]:
+    """Of the made GPU, by rows of a pass; 0: without training."""
+    rng = random.Random(seed)
+    points = {rows: [list(training_point(rng, rows, passes=3)) for _ in range(rounds)] for rows in SIZES}
+    for _ in range(serving):
+        gpu, shape = MadeGpu(rng), served(rng)
+        gpu.run(shape)
+        points.setdefault(0, []).append([(shape, gpu.run(shape)) for _ in range(6)])
+    return points
+
+
+def point_errors(model: StepTimeModel, points: dict[int, list[list[tuple[StepShape, float]]]]) -> dict[int, float]:
+    """Mean relative error of the points' whole times."""
+    return {
+        rows: statistics.mean(abs(sum(model.predict(s) for s, _ in p) / sum(t for _, t in p) - 1) for p in of_size)
+        for rows, of_size in points.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_training_that_waits_for_its_launches_is_told_from_training_that_computes(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration's worth of points of a GPU, two of each size of passes, predicts others; one sum does not."""
+    points, others = made_points(seed, serving=100, rounds=2), made_points(seed + 100, serving=40, rounds=8)
+    steps = list(zip(*(step for of_size in points.values() for point in of_size for step in point), strict=True))
+    found = point_errors(StepTimeModel.fit(*steps), others)
+    monkeypatch.setattr(steptime, "TURNS", 0)
+    sum_only = point_errors(StepTimeModel.fit(*steps), others)
+    assert max(found.values()) < 0.08
+    assert max(sum_only.values()) > 2 * max(found.values())
+
+
+def test_where_work_adds_up_nothing_waits_for_launches() -> None:
+    """A CPU: a layer costs a little by itself and much by its rows."""
+    rng = random.Random(0)
+    weights = {"step": 0.02, "rows_from_0": 1e-3, "decode_context": 1e-6, "train_layers": 2e-3}
+    weights |= {"train_forward": 2e-5, "train_backward": 5e-5}
+    true = StepTimeModel(tuple(weights.get(name, 0.0) for name in FEATURES))
+    shapes = [served(rng) for _ in range(200)]
+    for rows in 4 * (64, 128, 256, 512, 1024):
+        shapes += [shape for shape, _ in training_point(rng, rows, passes=2)]
+    model = StepTimeModel.fit(shapes, [true.predict(s) * rng.lognormvariate(0, 0.1) for s in shapes])
+    assert not any(model.weights[HOST:])
+    assert statistics.mean(abs(model.predict(s) / true.predict(s) - 1) for s in shapes) < 0.03
 
 
 def test_refine_follows_a_slower_machine_but_not_one_outlier() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +13,7 @@ from multigraft.core.config import TrainingConfig
 from multigraft.core.request import Request, SamplingParams
 from multigraft.scheduling.steptime import StepShape
 from multigraft.scheduling.training import FIRST_FIT, HEADROOM, PROMPT_SHARE, TrainingShare, TrainWork
+from tests.scheduling.made_gpu import MadeGpu, MadePass
 
 WORK = TrainWork(rows=100, forward=30, backward=31)
 
@@ -93,6 +96,25 @@ def test_steps_without_training_do_not_make_it_look_free() -> None:
         serve(idle)
         assert layers(s.grant(batch(decodes=3), WORK, 0)) in (4, 5)
         assert layers(s.grant(batch(decodes=3), TrainWork(rows=100, forward=0, backward=31), 0)) in (2, 3)
+
+
+def test_passes_that_wait_for_their_launches_and_others_fill_the_same_time() -> None:
+    """Passes of 512 to 8,192 rows by turns on a GPU: parts take 80 ms with all, once all were seen."""
+    rng = random.Random(0)
+    s, gpu, decodes = TrainingShare(TrainingConfig()), MadeGpu(rng), batch(20)
+    passes = [MadePass(rows) for rows in (512, 3072, 8192)]
+    took: dict[int, list[float]] = {train.rows: [] for train in passes}
+    for i in range(800):
+        train = passes[i // 20 % 3]
+        work = train.work
+        part = s.grant(decodes, work, 0)
+        assert part is not None
+        shape, seconds = train.run(gpu, StepShape.of(decodes), part)
+        s.observe(shape, seconds)
+        if i >= 400 and part.forward + part.backward < work.forward + work.backward:
+            took[train.rows].append(seconds)
+    for seconds in took.values():
+        assert statistics.median(seconds) == pytest.approx(HEADROOM * 0.1, rel=0.1)
 
 
 def test_single_layers_until_the_first_fit() -> None:
