@@ -17,7 +17,7 @@ from multigraft.core.errors import InvalidRequest
 
 REFINE_RATE = 0.02
 """Share of a step's surprise that goes into the correction: about 50 steps to follow a change."""
-ROUNDS, SMALL_ERROR = 5, 0.03
+ROUNDS, SMALL_ERROR = 10, 0.03
 """Of a fit: how often it is weighed anew, and relative errors that count by their squares."""
 TURNS, CLEARLY = 6, 0.9
 """How often a fit decides anew which steps wait for the host, and what share of the errors that must leave."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from multigraft.calibration.calibrate import calibrate, errors
+from multigraft.calibration.calibrate import FOLDS, TRAIN_PASSES, TRAIN_SIZES, calibrate, errors
 from multigraft.calibration.drive import Drive
 from multigraft.engine import parts
 from multigraft.engine.core import EngineCore
@@ -34,8 +36,17 @@ def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
     settings = {"kv_cache_gib": 0.02, "max_num_seqs": 8, "max_num_batched_tokens": 128, "adapter_memory_gib": 0.01}
     config = make_config(str(model), device="cpu", **settings)
     told: list[float] = []
-    profile = calibrate(config, seconds=3.0, progress=lambda what, done: told.append(done))
+    points = tmp_path / "points.jsonl"
+    profile = calibrate(config, seconds=3.0, progress=lambda what, done: told.append(done), points_file=points)
     assert told == sorted(told) and told[-1] > 0.9
+    steps = [json.loads(line)["steps"] for line in points.read_text().splitlines()]
+    sizes = Counter(max(step["train_rows"] for step in point) for point in steps if point)
+    most = profile.train_rows
+    assert all(sizes[most // n] >= 2 for n in TRAIN_SIZES) and sizes[0] >= 2 * FOLDS
+    for point in steps:
+        layers = [sum(s[way] for s in point) / most for way in ("train_forward", "train_backward")]
+        rows = max((s["train_rows"] for s in point), default=0) / most
+        assert layers == pytest.approx([rows * TRAIN_PASSES * n for n in (profile.num_layers, profile.num_layers + 1)])
     profile.save(tmp_path / "p.json")
     assert Profile.load(tmp_path / "p.json") == profile
     assert profile.margin == max(profile.errors["late_prompts"], profile.errors["late_decodes"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from multigraft.core.config import SchedulerConfig
+from multigraft.scheduling.steptime import StepShape
 from multigraft.twin.profile import LoadTimes
 from multigraft.twin.report import Quantiles, report
 from multigraft.twin.simulate import simulate
@@ -71,6 +72,18 @@ def test_training_takes_what_the_latency_target_leaves() -> None:
     assert both.train_tokens > 10_000
     assert report(both).itl.p50 > report(without).itl.p50
     assert report(both).itl.p99 < 0.2, "the target is 0.1 s"
+
+
+def test_small_passes_take_the_hosts_time_and_what_is_served_is_computed_meanwhile() -> None:
+    """Layers of 3 ms each, 4 forward and 5 backward: 27 ms a pass, and more only from 3,000 rows on."""
+    p = profile(overlap=True, step=0.01, train_forward=1e-6, train_backward=1e-6, host_train_layers=3e-3)
+    for rows, seconds in ((100, 27e-3), (2900, 27e-3), (6000, 54e-3)):
+        job = TrainingJob(name="j", tokens=10 * rows, microbatch=rows)
+        alone = simulate(Workload(name="t", jobs=(job,)), replace(p, train_rows=8192), p.deployment())
+        assert alone.seconds == pytest.approx(10 * seconds)
+    shape = StepShape(decode_rows=1, samples=1, train_rows=100, train_forward=400, train_layers=4)
+    assert p.steps.predict(shape) == pytest.approx(12e-3)
+    assert p.steps.predict(replace(shape, train_forward=0, train_layers=0)) == pytest.approx(10e-3)
 
 
 def test_a_pass_takes_one_microbatch_of_each_job() -> None:
