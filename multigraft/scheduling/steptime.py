@@ -238,10 +238,6 @@ class StepTimeModel:
                 break
         return cls(tuple(map(float, np.concatenate(best))))
 
-    def errors(self, shapes: Sequence[StepShape], seconds: Sequence[float]) -> list[float]:
-        """Relative errors, signed: positive where the model predicts too much."""
-        return [self.predict(shape) / t - 1 for shape, t in zip(shapes, seconds, strict=True)]
-
     def to_json(self) -> dict[str, Any]:
         """Weights by name: a profile stays readable, and valid when terms are added."""
         return {"weights": dict(zip(FEATURES, self.weights, strict=True)), "correction": self.correction}
