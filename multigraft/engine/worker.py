@@ -53,6 +53,7 @@ def run(config: EngineConfig, store: dist.Store, rank: int) -> None:
     store.set(f"ready/{rank}", b"")
     training = FollowedTraining(parts, group, store, max_rank=config.adapters.max_lora_rank)
     _follow(parts, group, transfers, training)
+    parts.runner.drop_graphs()
     dist.destroy_process_group()
 
 
