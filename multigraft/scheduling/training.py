@@ -76,10 +76,9 @@ class TrainingShare:
         served = model.predict(shape)
         idle = not batch.spans and not num_waiting
         due, most = self._due(shape, served, num_waiting)
-        if not idle:
-            due *= self.config.train_priority
+        priority = 1.0 if idle else self.config.train_priority
         spare = self._spare if shape.decode_rows else 0.0
-        limit = served + min(due + spare, most)
+        limit = served + min(priority * (due + spare), most)
         low, high = 0, work.forward + work.backward  # the largest part within the limit, by bisection
         while low < high:
             middle = (low + high + 1) // 2
@@ -92,7 +91,7 @@ class TrainingShare:
         granted = 0.0 if part is None else max(0.0, model.predict(_with(shape, part)) - served)
         self.granted_seconds += granted
         if shape.decode_rows:
-            self._overrun(granted - due)
+            self._overrun(granted - priority * due)
         return part
 
     def _due(self, shape: StepShape, served: float, num_waiting: int) -> tuple[float, float]:
