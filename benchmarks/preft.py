@@ -10,6 +10,10 @@ appends the line to benchmarks/results/preft.jsonl.
 
     python -m benchmarks.preft MODEL_FOLDER --adapters 1 16 --requests 32 --shapes 128:64          (CPU)
     python -m benchmarks.preft random-8b --adapters 1 16 64 256 512 --shapes 512:128 128:256 --rank 8 16     (one GPU)
+
+Where a machine is lent for minutes only, run it in pieces (--rank, --methods) and then show them together:
+
+    python -m benchmarks.preft --join 4      table and plot of the last four lines of results/preft.jsonl
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ import asyncio
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +35,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, RESULTS, finish, one_round, write_adapter, write_direft
+from benchmarks.common import LLAMA_8B, RESULTS, finish, one_round, until_cut, write_adapter, write_direft
 from multigraft import AsyncEngine, Scope
 from multigraft.core.batch import Batch
 from multigraft.engine.offline import make_config
 
+ROWS = "rows.jsonl"
 SOURCES = 4
 """Distinct adapters on disk for each method; the others are links. Each is a copy on the device."""
 
@@ -90,8 +95,8 @@ class HeldSlots:
 
 async def run_engine(
     args: argparse.Namespace, methods: list[Method], rank: int, slots: int, folder: Path, vocab: int, settings: Any
-) -> list[dict[str, Any]]:
-    """Rows of the methods that one engine serves; base is among them."""
+) -> None:
+    """Rows of the methods that one engine serves, base among them, are added to the file ROWS beside the folder."""
     largest = max((path / "adapter_model.safetensors").stat().st_size for path in folder.iterdir())
     engine = await AsyncEngine.start(
         make_config(
@@ -107,7 +112,7 @@ async def run_engine(
             compile=args.compile,
         )
     )
-    rng, rows, slots_held = np.random.default_rng(0), [], HeldSlots(engine)
+    rng, slots_held = np.random.default_rng(0), HeldSlots(engine)
     for method in methods:
         names = [f"{method.family}{i}" for i in range(max(args.adapters))] if method.family else [None] * args.requests
         began = time.perf_counter()
@@ -115,25 +120,40 @@ async def run_engine(
         print(f"{method.name}: first use of all adapters took {time.perf_counter() - began:.1f} s", flush=True)
     for shape in args.shapes:
         prompt_len, output_len = map(int, shape.split(":"))
+        unmeasured = 1  # a shape's first round, in which caches grow to its size
         for method in methods:
             for num in [0] if method.family is None else args.adapters:
                 names = [f"{method.family}{i % num}" if num else None for i in range(args.requests)]
                 rounds = []
                 slots_held.take()
-                for _ in range(args.repeats):
+                for _ in range(args.repeats + unmeasured):
                     prompts = rng.integers(10, vocab, (args.requests, prompt_len)).tolist()
                     rounds.append(await one_round(engine, method.scope, names, prompts, output_len))
-                best = max(rounds, key=lambda r: r["tok_s"])
+                unmeasured = 0
+                best = max(rounds[-args.repeats :], key=lambda r: r["tok_s"])
                 nbytes = engine.parts.store.resolve(names[0]).nbytes if names[0] else 0
                 row = {"shape": shape, "method": method.name, "rank": rank, "adapters": num, "slots_at_hand": slots}
-                rows.append(row | best | {"slots": slots_held.take(), "adapter_bytes": nbytes})
-                print(rows[-1], flush=True)
+                row |= best | {"slots": slots_held.take(), "adapter_bytes": nbytes}
+                print(row, flush=True)
+                with (folder.parent / ROWS).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     await engine.shutdown(1.0)
-    return rows
 
 
-def run_here(*task: Any) -> list[dict[str, Any]]:
-    return asyncio.run(run_engine(*task))
+def run_here(*task: Any) -> None:
+    asyncio.run(run_engine(*task))
+
+
+def run_elsewhere(*task: Any) -> None:
+    """A process has one engine: the memory of the next one is then free for certain."""
+    process = multiprocessing.get_context("spawn").Process(target=run_here, args=task)
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()  # if it was cut off
+    if process.exitcode:
+        sys.exit(process.exitcode)
 
 
 def share_of_base(rows: list[dict[str, Any]]) -> None:
@@ -186,7 +206,9 @@ def plot(rows: list[dict[str, Any]], adapters: list[int], file: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder, or random-8b for random weights of Llama-3.1-8B's shape on a GPU")
+    parser.add_argument(
+        "model", nargs="?", help="a folder, or random-8b for random weights of Llama-3.1-8B's shape on a GPU"
+    )
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 64, 256, 512])
     parser.add_argument("--shapes", nargs="+", default=["512:128", "128:256"])
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 16])
@@ -198,14 +220,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--plot", type=Path, default=Path(os.environ.get("OUT", RESULTS)) / "preft.png")
+    parser.add_argument("--join", type=int, metavar="LINES", help="of results/preft.jsonl, in place of a run")
     parser.add_argument("--save", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.model is None) == (args.join is None):
+        parser.error("a model, or --join")
+    return args
 
 
 def main() -> None:
     args = parse()
+    if args.join:
+        lines = (RESULTS / "preft.jsonl").read_text().splitlines()[-args.join :]
+        rows = [row for line in lines for row in json.loads(line)["rows"]]
+        show(rows)
+        plot(rows, sorted({r["adapters"] for r in rows} - {0}), args.plot)
+        return
     chosen = [m for m in METHODS if m.name in {"base", *args.methods}]
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         settings: dict[str, Any] = {"model": args.model, "device": "cpu", "dtype": "bfloat16", "kv_cache_gib": 1.0}
@@ -214,15 +245,17 @@ def main() -> None:
             (root / "model" / "config.json").write_text(json.dumps(LLAMA_8B))
             settings = {"model": str(root / "model"), "load_format": "dummy", "device": "cuda", "max_model_len": 2048}
         config = transformers.AutoConfig.from_pretrained(settings["model"])
-        for rank in args.rank:
-            folder = write_all(root, config, rank, max(args.adapters))
-            for prefill, slots in ((False, max(args.adapters)), (True, min(args.prefill_slots, max(args.adapters)))):
-                methods = [m for m in chosen if m.family is None or (m.scope is Scope.PREFILL) == prefill]
-                if len(methods) > 1:
-                    # A process has one engine: the memory of the next one is then free for certain.
-                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                        task = (args, methods, rank, slots, folder, config.vocab_size, settings)
-                        rows += process.submit(run_here, *task).result()
+        with until_cut():
+            for rank in args.rank:
+                folder = write_all(root, config, rank, max(args.adapters))
+                for prefill, slots in (
+                    (False, max(args.adapters)),
+                    (True, min(args.prefill_slots, max(args.adapters))),
+                ):
+                    methods = [m for m in chosen if m.family is None or (m.scope is Scope.PREFILL) == prefill]
+                    if len(methods) > 1:
+                        run_elsewhere(args, methods, rank, slots, folder, config.vocab_size, settings)
+        rows = [json.loads(line) for line in (root / ROWS).read_text().splitlines()]
     share_of_base(rows)
     show(rows)
     plot(rows, args.adapters, args.plot)

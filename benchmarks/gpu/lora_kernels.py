@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ from rich.table import Table
 from benchmarks.common import finish
 from multigraft.kernels import lora_reference, lora_triton
 from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, segmented_lora_backward
-from multigraft.kernels.tiles import build_tiles, choose_block_m, max_tiles
+from multigraft.kernels.tiles import DECODE_ROWS as LOW_RANK_ROWS
+from multigraft.kernels.tiles import HIGH_RANK_ROWS, build_tiles, choose_block_m, decode_rows, max_tiles
+from multigraft.kernels.tiles import PREFILL_ROWS as PROMPT_ROWS
+from multigraft.models.segments import side_by_side
 
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -119,7 +123,9 @@ class Inputs:
             table.append(entry)
             offset = b
         # A decode step's table has the length that its graph was captured with.
-        num_tiles = max_tiles(shape.num_rows, len(shape.ranks)) if shape.num_rows == DECODE_ROWS else None
+        num_tiles = None
+        if shape.num_rows == DECODE_ROWS:
+            num_tiles = max_tiles(shape.num_rows, len(shape.ranks), shape.block_m)
         tiles = build_tiles(shape.segments(), torch.randperm(len(shape.ranks)), shape.block_m, num_tiles)
         on_gpu = {"device": "cuda", "dtype": torch.bfloat16}
         return cls(
@@ -169,7 +175,8 @@ def gated_row(kind: str, shape: Shape) -> dict[str, Any]:
     def gated(i: Inputs) -> torch.Tensor:
         table, scales, tiles, _, block_m, max_rank = i.tables
         work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
-        return lora_triton.gated(i.y, i.x, i.arena, work, tiles)
+        h = lora_triton.shrink(i.x, i.arena, work, "a", [n_in])
+        return lora_triton.gated(i.y, h, i.arena, work, tiles)
 
     i = inputs[0]
     ref = i.y.float()
@@ -187,11 +194,62 @@ def gated_row(kind: str, shape: Shape) -> dict[str, Any]:
 
 def gated_rows() -> Iterator[dict[str, Any]]:
     for num, rank in ((16, 8), (64, 8), (256, 8), (64, 64)):
-        yield gated_row("decode gated", Shape("gate_up", DECODE_ROWS, (rank,) * num, 4))
+        yield gated_row("decode gated", Shape("gate_up", DECODE_ROWS, (rank,) * num, decode_rows(rank)))
     for num, rank in ((16, 8), (64, 8), (16, 64)):
         yield gated_row(
-            "prefill gated", Shape("gate_up", PREFILL_ROWS, (rank,) * num, choose_block_m(PREFILL_ROWS, num))
+            "prefill gated", Shape("gate_up", PREFILL_ROWS, (rank,) * num, choose_block_m(PREFILL_ROWS, num, rank))
         )
+
+
+def layer_rows() -> Iterator[dict[str, Any]]:
+    """What adapters add to a decoder layer's products and SwiGLU (floor: as if these were not there): one after the
+    other, and with shrink beside the product, as captured steps have it."""
+    swiglu, beside = torch.compile(lora_reference.swiglu), torch.cuda.Stream()
+    for rows, ranks in LAYERS:
+        shapes = [Shape(site, rows, ranks, decode_rows(max(ranks))) for site in SITES]
+        sites = [(s, Inputs.random(s), weight(s)) for _ in range(3) for s in shapes]
+        graph_us([partial(swiglu, i.y) for s, i, _ in sites if s.site == "gate_up"])  # compiled before a capture
+        base, serial, fork = (
+            graph_us([partial(run_layers, sites, swiglu, stream)]) / 3 for stream in (None, False, beside)
+        )
+        floor = sum(s.floor_us for s in shapes)
+        sizes = {"kind": "layer", "rows": rows, "adapters": len(ranks), "rank": max(ranks), "floor_us": floor}
+        yield {**sizes, "base_us": base, "serial_us": serial - base, "us": fork - base, "ratio": (fork - base) / floor}
+
+
+LAYERS = ((2, (16,)), (16, (16,) * 4), (64, (16,) * 4), (64, (8,) * 64), (256, (8,) * 64), (256, (8,) * 256))
+"""Rows, and the adapters' ranks."""
+
+
+def weight(shape: Shape) -> torch.Tensor:
+    n_in, outs = shape.widths
+    return torch.randn(sum(outs), n_in, device="cuda", dtype=torch.bfloat16) * 0.02
+
+
+def run_layers(
+    sites: Sequence[tuple[Shape, Inputs, torch.Tensor]],
+    swiglu: Callable[[torch.Tensor], torch.Tensor],
+    beside: torch.cuda.Stream | bool | None,
+) -> list[torch.Tensor]:
+    """beside: None: no adapters; False: no second stream."""
+    kept = []
+    for shape, i, w in sites:
+        product = partial(F.linear, i.x, w)
+        is_gate = shape.site == "gate_up"
+        if beside is None:
+            y = product()
+            kept += [swiglu(y)] if is_gate else [y]
+            continue
+        table, scales, tiles, outs, block_m, max_rank = i.tables
+        work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
+        shrink = partial(lora_triton.shrink, i.x, i.arena, work, "a", [i.x.shape[1]])
+        y, h = side_by_side(product, shrink, beside or None)
+        if is_gate:
+            y = lora_triton.gated(y, h, i.arena, work, tiles)
+        else:
+            lora_triton.expand(y, h, i.arena, work, "b", outs)
+        kept += [y, h]
+    return kept
 
 
 def grouped_mm_us(shape: Shape) -> float:
@@ -220,17 +278,17 @@ def decode_shapes() -> Iterator[Shape]:
     for site in SITES:
         for num in (1, 16, 64, 256):
             for rank in (8, 64):
-                yield Shape(site, DECODE_ROWS, (rank,) * num, choose_block_m(DECODE_ROWS, 64))
-        yield Shape(site, DECODE_ROWS, tuple(MIXED[i % len(MIXED)] for i in range(64)), choose_block_m(DECODE_ROWS, 64))
+                yield Shape(site, DECODE_ROWS, (rank,) * num, decode_rows(rank))
+        yield Shape(site, DECODE_ROWS, tuple(MIXED[i % len(MIXED)] for i in range(64)), decode_rows(max(MIXED)))
 
 
 def prefill_shapes() -> Iterator[Shape]:
     for site in SITES:
         rows = PREFILL_ROWS
         for num in (1, 16, 64):
-            yield Shape(site, rows, (8,) * num, choose_block_m(rows, num))
-        yield Shape(site, rows, (64,) * 16, choose_block_m(rows, 16))
-        yield Shape(site, rows, tuple(MIXED[i % len(MIXED)] for i in range(16)), choose_block_m(rows, 16))
+            yield Shape(site, rows, (8,) * num, choose_block_m(rows, num, 8))
+        yield Shape(site, rows, (64,) * 16, choose_block_m(rows, 16, 64))
+        yield Shape(site, rows, tuple(MIXED[i % len(MIXED)] for i in range(16)), choose_block_m(rows, 16, max(MIXED)))
 
 
 def part_rows() -> Iterator[dict[str, Any]]:
@@ -239,7 +297,7 @@ def part_rows() -> Iterator[dict[str, Any]]:
         for site in SITES:
             for rows, num in ((2, 1), (16, 4), (64, 4), (256, 4)):
                 for rank in (8, 16, 64, 128):
-                    part = Part(site, rows, (rank,) * num, 4, num_ranks)
+                    part = Part(site, rows, (rank,) * num, decode_rows(rank), num_ranks)
                     yield inference_row("tp", part, grouped=False) | {"num_ranks": num_ranks, "rows": rows}
 
 
@@ -319,55 +377,58 @@ def options(block: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(names, c, strict=False)) for c in choices]
 
 
-def changed(kernel: str, key: tuple[int, bool], *choices: tuple[int, ...]) -> list[dict[str, int]]:
+def changed(kernel: str, kind: str, *choices: tuple[int, ...]) -> list[dict[str, int]]:
     """choices: BLOCK_R, BLOCK_N, DOT_N, STAGES, warps."""
     names = ("BLOCK_R", "BLOCK_N", "DOT_N", "STAGES", "num_warps")
-    return [getattr(lora_triton, kernel)[key] | dict(zip(names, c, strict=True)) for c in choices]
+    return [getattr(lora_triton, kernel)[kind] | dict(zip(names, c, strict=True)) for c in choices]
 
 
-CANDIDATES: dict[tuple[str, tuple[int, bool]], list[dict[str, int]]] = {
-    ("SHRINK", (4, False)): options("BLOCK_K", (16, 64, 1, 6, 256), (8, 128, 2, 4, 256)),
-    ("SHRINK", (4, True)): options("BLOCK_K", (16, 64, 1, 6, 256), (16, 128, 2, 5, 2048)),
+CANDIDATES: dict[tuple[str, str], list[dict[str, int]]] = {
+    ("SHRINK", "few"): options("BLOCK_K", (16, 64, 1, 6, 256), (8, 128, 2, 4, 256)),
+    ("SHRINK", "many"): options("BLOCK_K", (16, 64, 1, 6, 256), (16, 128, 2, 4, 1024), (16, 64, 1, 6, 2048)),
     **{
-        (kernel, key): changed(kernel, key, *choices)
+        (kernel, kind): changed(kernel, kind, *choices)
         for kernel in ("EXPAND", "GATED")
-        for key, choices in {
-            (4, False): ((16, 1024, 128, 3, 4),),
-            (4, True): ((64, 1024, 128, 3, 4), (64, 512, 64, 3, 4), (32, 512, 128, 3, 4)),
-            (64, False): ((16, 1024, 128, 2, 4), (16, 2048, 128, 3, 4), (16, 1024, 64, 3, 4)),
-            (64, True): ((64, 1024, 64, 3, 4), (64, 512, 64, 3, 8), (64, 512, 128, 2, 8)),
+        for kind, choices in {
+            "few": ((4, 1024, 0, 1, 4), (8, 512, 0, 1, 2)),
+            "many": ((4, 2048, 0, 1, 4), (4, 512, 0, 1, 2), (8, 1024, 0, 1, 4)),
+            "high": ((64, 1024, 128, 3, 4), (64, 512, 64, 3, 4), (32, 512, 128, 3, 4)),
+            "prompts": ((16, 1024, 128, 2, 4), (16, 2048, 128, 3, 4), (16, 1024, 64, 3, 4)),
+            "prompts, high": ((64, 1024, 64, 3, 4), (64, 512, 64, 3, 8), (64, 512, 128, 2, 8)),
         }.items()
     },
 }  # fmt: skip
 TUNED_AT = {
-    ("SHRINK", (4, False)): (((8,), 2), ((16,) * 4, 16), ((64,) * 4, 16)),
-    ("SHRINK", (4, True)): (((8,) * 64, DECODE_ROWS), ((8,) * 256, DECODE_ROWS), ((64,) * 64, DECODE_ROWS)),
-    (4, False): (((8,) * 64, DECODE_ROWS), ((8,) * 256, DECODE_ROWS), ((8,), 2), ((16,) * 4, 16)),
-    (4, True): (((64,) * 64, DECODE_ROWS), ((64,), 2), ((64,) * 4, 16), ((8,) * 63 + (128,), DECODE_ROWS)),
-    (64, False): (((8,) * 64, PREFILL_ROWS), ((8,) * 4, 1024)),
-    (64, True): (((64,) * 16, PREFILL_ROWS), ((8,) * 63 + (64,), PREFILL_ROWS)),
+    "few": (LOW_RANK_ROWS, (((8,), 2), ((16,) * 4, 16))),
+    "many": (LOW_RANK_ROWS, (((8,) * 64, DECODE_ROWS), ((8,) * 256, DECODE_ROWS), ((8,) * 16, DECODE_ROWS))),
+    "high": (
+        HIGH_RANK_ROWS,
+        (((64,) * 64, DECODE_ROWS), ((64,), 2), ((64,) * 4, DECODE_ROWS), ((8,) * 63 + (128,), DECODE_ROWS)),
+    ),
+    "prompts": (PROMPT_ROWS, (((8,) * 64, PREFILL_ROWS), ((8,) * 4, 1024))),
+    "prompts, high": (PROMPT_ROWS, (((64,) * 16, PREFILL_ROWS), ((8,) * 63 + (64,), PREFILL_ROWS))),
 }
-"""Ranks of the adapters and rows at which block sizes are compared."""
+"""Rows a tile, and the ranks of the adapters and the rows at which block sizes are compared."""
 
 
 def tuning_rows(kernels: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Kernels alone, summed over one layer's sites (gated: with its shrink), for the present options (first) and the
+    """Kernels alone, summed over one layer's sites, for the present options (first) and the
     candidates."""
-    for (kernel, key), candidates in CANDIDATES.items():
+    for (kernel, kind), candidates in CANDIDATES.items():
         if kernel not in kernels:
             continue
-        table = getattr(lora_triton, kernel)
-        present = table[key]
+        table, (block_m, tuned_at) = getattr(lora_triton, kernel), TUNED_AT[kind]
+        present = table[kind]
         for choice in (present, *candidates):
-            table[key] = choice
-            row: dict[str, Any] = {"kernel": kernel, "key": key, **choice}
-            for ranks, num_rows in TUNED_AT.get((kernel, key)) or TUNED_AT[key]:
+            table[kind] = choice
+            row: dict[str, Any] = {"kernel": kernel, "for": kind, **choice}
+            for ranks, num_rows in tuned_at:
                 sites = ["gate_up"] if kernel == "GATED" else SITES
-                shapes = [Shape(site, num_rows, ranks, key[0]) for site in sites]
+                shapes = [Shape(site, num_rows, ranks, block_m) for site in sites]
                 row[f"us_{len(ranks)}x{max(ranks)}"] = sum(kernel_us(kernel, shape) for shape in shapes)
             print(row, flush=True)
             yield row
-        table[key] = present
+        table[kind] = present
 
 
 def kernel_us(kernel: str, shape: Shape) -> float:
@@ -379,7 +440,7 @@ def kernel_us(kernel: str, shape: Shape) -> float:
         work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
         h = lora_triton.shrink(i.x, i.arena, work, "a", [n_in])
         if kernel == "GATED":
-            calls.append(lambda i=i, work=work: lora_triton.gated(i.y, i.x, i.arena, work, work.tiles))
+            calls.append(lambda i=i, h=h, work=work: lora_triton.gated(i.y, h, i.arena, work, work.tiles))
         elif kernel == "SHRINK":
             calls.append(lambda i=i, work=work: lora_triton.shrink(i.x, i.arena, work, "a", [n_in]))
         else:
@@ -399,8 +460,8 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["decode", "prefill", "gated", "train", "tp", "gemm"]
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds[:4])
+    kinds = ["decode", "prefill", "gated", "layer", "train", "tp", "gemm"]
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds[:5])
     kernels = sorted({kernel for kernel, _ in CANDIDATES})
     parser.add_argument("--tune", nargs="+", choices=kernels, default=[], help="also time these with other block sizes")
     parser.add_argument("--save", action="store_true")
@@ -413,6 +474,8 @@ def main() -> None:
         rows += [inference_row("prefill", s) for s in prefill_shapes()]
     if "gated" in args.only:
         rows += gated_rows()
+    if "layer" in args.only:
+        rows += layer_rows()
     if "train" in args.only:
         rows += training_rows()
     show(rows, "Segmented LoRA")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from multigraft.kernels.lora_gemm import Factors
 from .extents import Extents
 from .plan import ALIGN
 from .site import PackedAdapter, Site, SiteBlock
+from .staging import Load, SideStream, Staging
 
 LAYOUTS = 64
 """Layouts of adapters that are remembered: working one out takes longer than all else on the host's side of a load."""
@@ -43,35 +46,14 @@ def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site, start: int = 0
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A copy to the device under way."""
-
-    event: torch.cuda.Event | None = None
-    """None on the CPU, where a load ends before it returns."""
-
-    def ready(self) -> bool:
-        """Whether kernels launched from now on see the adapter."""
-        return self.event is None or self.event.query()
-
-    def wait(self) -> None:
-        """Block the calling thread until ready."""
-        if self.event is not None:
-            self.event.synchronize()
-
-    def join(self) -> None:
-        """Let kernels launched on the current stream from now on wait until ready."""
-        if self.event is not None:
-            self.event.wait()
-
-
 @dataclass(slots=True)
 class _Tenant:
     start: int
     numel: int
     sites: dict[int, SiteBlock]
     """Offsets relative to `start`."""
-    load: Load
+    arriving: bool = False
+    """Whether a part of it has been sent to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +71,10 @@ class _Layout:
 class Bank:
     """Device slots for adapters. Not thread-safe: the engine's thread alone uses it.
 
-    On CUDA, unloading and compaction are queued on the current stream. Loads run on a stream of the bank's own, after
-    the work that was queued when an extent was last freed or moved, and beside what was queued later: so kernels
-    already launched see what they were launched with.
+    On CUDA, unloading, compaction and writing the tables are queued on the current stream. Blocks are copied by
+    Staging's threads on a stream of their own, after the work that was queued when an extent was last freed or moved,
+    and beside what was queued later: so kernels already launched see what they were launched with. No thread waits for
+    a block that moves or goes while it is copied: where a part belongs is asked when its copy is queued.
 
     arena: (capacity,) every extent.
     table: (sites, max_slots, max_members, 4) int64 on the device: (a offset, b offset, rank, c offset) of each member,
@@ -134,8 +117,8 @@ class Bank:
         self._entries: list[dict[int, SiteBlock]] = [{} for _ in sites]
         self._factors: dict[int, dict[int, Factors | None]] = {}  # by slot, then site; views made at first use
         self._layouts: dict[int, _Layout] = {}  # by the identity of what adapters of one config share
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._freed = torch.cuda.Event() if self._stream is not None else None
+        self._staging = Staging.on(self.device, dtype) if self.device.type == "cuda" else None
+        self._moving = threading.Lock()  # held while extents move or go, and while a part's copy to one is queued
         self._mark_freed()
 
     @property
@@ -182,25 +165,21 @@ class Bank:
             self._compact()
             start = self._extents.take(numel)
             assert start is not None
-        with self._own_stream():
-            self.arena[start : start + numel].copy_(packed.block, non_blocking=True)
-            tenant = _Tenant(start, numel, packed.sites, Load())
-            self._place(slot, tenant)
-            if self._stream is not None:
-                event = torch.cuda.Event()
-                event.record()
-                tenant.load = Load(event)
+        tenant = _Tenant(start, numel, packed.sites)
+        self._place(slot, tenant)
         self._generation[slot] = self.version
         self._max_rank[slot] = self._layout(packed.sites).max_rank
-        return tenant.load
+        if self._staging is not None:
+            return self._staging.start(packed.block, partial(self._put, self._staging.stream, slot, tenant))
+        self.arena[start : start + numel].copy_(packed.block)
+        return Load()
 
     def unload(self, slot: int) -> None:
         """Empty a slot. Does nothing when it is empty."""
-        tenant = self._tenants.pop(slot, None)
+        with self._moving:
+            tenant = self._tenants.pop(slot, None)
         if tenant is None:
             return
-        if not tenant.load.ready():
-            self._join_loads()
         self._rows[slot].zero_()
         self._extents.give(tenant.start, tenant.numel)
         for index in tenant.sites:
@@ -238,7 +217,7 @@ class Bank:
         """Record where a tenant lies, in the python tables and, on the current stream, in the device's."""
         for index, block in tenant.sites.items():
             self._entries[index][slot] = block
-        row = torch.empty(self._rows.shape[1], dtype=torch.int64, pin_memory=self._stream is not None)
+        row = torch.empty(self._rows.shape[1], dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self._rows[slot].copy_(self._row(tenant, out=row), non_blocking=True)
         self._tenants[slot] = tenant
         self._factors[slot] = {}
@@ -286,44 +265,51 @@ class Bank:
         max_rank = max((rank for block in sites.values() for rank in block.ranks), default=0)
         return _Layout(sites, row[0], moves[0], max_rank)
 
+    def _put(
+        self, stream: SideStream, slot: int, tenant: _Tenant, first: int, part: torch.Tensor
+    ) -> torch.cuda.Event | None:
+        """Queue the copy of a part of a tenant's block, from its element `first` on. On one of Staging's threads."""
+        with self._moving:
+            if self._tenants.get(slot) is not tenant:
+                return None
+            if not tenant.arriving:
+                stream.follow()
+                tenant.arriving = True
+            start = tenant.start + first
+            return stream.copy(self.arena[start : start + part.numel()], part)
+
     def _compact(self) -> None:
         """Push all extents to the arena's start, in order."""
-        self._join_loads()
-        end = 0
-        for slot, tenant in sorted(self._tenants.items(), key=lambda item: item[1].start):
-            if tenant.start != end:
-                # Chunk by chunk, front to back, through a copy: source and target overlap.
-                for done in range(0, tenant.numel, COMPACTION_CHUNK):
-                    count = min(COMPACTION_CHUNK, tenant.numel - done)
-                    source = self.arena[tenant.start + done : tenant.start + done + count]
-                    self.arena[end + done : end + done + count].copy_(source.clone())
-                tenant.start = end
-                self._place(slot, tenant)
-            end += tenant.numel
-        self._extents = Extents(self.capacity)
-        self._extents.take(end)
-        self._mark_freed()
+        with self._moving:
+            if self._staging is not None:
+                self._staging.stream.join()
+            end = 0
+            for slot, tenant in sorted(self._tenants.items(), key=lambda item: item[1].start):
+                if tenant.start != end:
+                    self._move(slot, tenant, end)
+                end += tenant.numel
+            self._extents = Extents(self.capacity)
+            self._extents.take(end)
+            self._mark_freed()
+            if self._staging is not None:
+                self._staging.stream.follow()  # the rest of blocks that moved while they were copied
 
-    def _own_stream(self) -> torch.cuda.StreamContext:
-        """Work inside runs on the bank's stream, where free extents may be written. A no-op on the CPU."""
-        if self._stream is not None and self._freed is not None:
-            self._stream.wait_event(self._freed)
-        return torch.cuda.stream(self._stream)
+    def _move(self, slot: int, tenant: _Tenant, start: int) -> None:
+        # Chunk by chunk, front to back, through a copy: source and target overlap.
+        for done in range(0, tenant.numel, COMPACTION_CHUNK):
+            count = min(COMPACTION_CHUNK, tenant.numel - done)
+            source = self.arena[tenant.start + done : tenant.start + done + count]
+            self.arena[start + done : start + done + count].copy_(source.clone())
+        tenant.start = start
+        self._place(slot, tenant)
 
     def _mark_freed(self) -> None:
         """Extents were freed or moved by what is queued on the current stream."""
-        if self._freed is not None:
-            self._freed.record(torch.cuda.current_stream(self.device))
-
-    def _join_loads(self) -> None:
-        """Let the current stream wait for every load that has begun."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        if self._staging is not None:
+            self._staging.stream.mark()
 
     def check_integrity(self) -> None:
         """Assert that extents are disjoint and inside the arena, and that all tables agree."""
-        for tenant in self._tenants.values():
-            tenant.load.wait()
         taken = [(t.start, t.start + t.numel) for t in self._tenants.values() if t.numel]
         end = 0
         for start, stop in sorted(taken + self._extents.holes):

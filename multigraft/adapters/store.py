@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,19 +82,16 @@ class AdapterStore:
         base_name: str,
         capacity_bytes: int | None = None,
         max_host_bytes: int | None = None,
-        pin: bool = False,
         base_parameter: Callable[[str], torch.Tensor] | None = None,
         other_ranks: Sequence[Sequence[Site]] = (),
     ):
         """base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
-        pin: `stage` gives page-locked copies, for CUDA. base_parameter: see peft_files.read.
-        other_ranks: the sites of each further rank of a tensor-parallel engine."""
+        base_parameter: see peft_files.read. other_ranks: the sites of each further rank of a tensor-parallel engine."""
         self._config = config
         self._dtype = dtype
         self._base_name = base_name
         self._capacity_bytes = capacity_bytes
         self._max_host_bytes = max_host_bytes
-        self._pin = pin
         self._base_parameter = base_parameter
         self._inspector = peft_files.Inspector(sites, max_rank=config.max_lora_rank, other_ranks=other_ranks)
         self._buffers = Buffers(keep=fetch_threads())
@@ -248,28 +245,6 @@ class AdapterStore:
                 self._threads.submit(self._fetch, version, future)
             return future
 
-    def stage(self, ref: AdapterRef) -> Future[PackedAdapter]:
-        """As `fetch`, ready for a copy to the device that waits for nothing.
-
-        For CUDA it is a page-locked copy, made by another thread and dropped after its use, so that PyTorch gives the
-        same few to one load after another: locking takes 0.7 ms a MB (measured on an H200's host), copying 0.1.
-        """
-        fetched = self.fetch(ref)
-        if not self._pin:
-            return fetched
-        staged: Future[PackedAdapter] = Future()
-
-        def submit(_: object) -> None:
-            try:
-                copied = self._threads.submit(lambda: _pinned(fetched.result()))
-            except RuntimeError:
-                staged.set_exception(_shutting_down())
-                return
-            copied.add_done_callback(lambda f: _hand_on(f, staged))
-
-        fetched.add_done_callback(submit)
-        return staged
-
     def list(self) -> tuple[AdapterInfo, ...]:
         """Every registered adapter, by name."""
         with self._lock:
@@ -384,19 +359,6 @@ class AdapterStore:
             if uid is None:
                 return
             nbytes -= self._host.pop(uid).nbytes
-
-
-def _pinned(packed: PackedAdapter) -> PackedAdapter:
-    return replace(packed, block=packed.block.pin_memory())
-
-
-def _hand_on(done: Future[PackedAdapter], to: Future[PackedAdapter]) -> None:
-    """Give `to` the outcome of `done`, which the end of the threads may have cancelled."""
-    error = _shutting_down() if done.cancelled() else done.exception()
-    if error is None:
-        to.set_result(done.result())
-    else:
-        to.set_exception(error)
 
 
 def _shutting_down() -> ShuttingDown:

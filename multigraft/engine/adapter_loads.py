@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from multigraft.adapters.bank import Load
+from multigraft.adapters.staging import Load
 from multigraft.core.batch import AdapterMove
 from multigraft.core.errors import AdapterError, MultigraftError
 from multigraft.engine.parts import EngineParts

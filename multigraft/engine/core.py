@@ -243,6 +243,7 @@ class EngineCore:
                 self._end(submission, FinishReason.ABORT, error=reason)
             self._flush()
             if self.parts.ranks is not None:
+                self.parts.runner.drop_graphs()
                 self.parts.ranks.close()
 
     def _end_turn(self) -> None:

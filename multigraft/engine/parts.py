@@ -75,9 +75,9 @@ class EngineParts:
     """The other ranks of a tensor-parallel engine."""
 
     def fetch(self, move: AdapterMove) -> Future[PackedAdapter]:
-        """The adapter, that of every rank, ready for its copy to the device."""
-        staged = self.store.stage(move.ref)
-        return self.ranks.send(move, staged) if self.ranks else staged
+        """The adapter in host memory, each rank's part in that rank's."""
+        fetched = self.store.fetch(move.ref)
+        return self.ranks.send(move, fetched) if self.ranks else fetched
 
     @property
     def tokenizer(self) -> Any:
@@ -140,7 +140,6 @@ def _build_lead(config: EngineConfig, progress: Callable[[str], None], ranks: Ra
         loaded.dtype,
         base_name=loaded.name,
         capacity_bytes=bank.capacity_bytes,
-        pin=loaded.device.type == "cuda",
         base_parameter=None if ranks else lambda path: _attribute(loaded.model, path),
         other_ranks=[_rank_sites(config, loaded, sites, i) for i in range(1, group.size)] if group else (),
     )

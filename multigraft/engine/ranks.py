@@ -26,8 +26,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from multigraft.adapters.bank import Bank, Load
+from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import PackedAdapter, SiteBlock
+from multigraft.adapters.staging import Load
 from multigraft.core.batch import AdapterMove, Batch
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import InvalidRequest, ModelNotSupported, RankLost
@@ -285,7 +286,7 @@ def send_part(part: PackedAdapter | None, slot: int, rank: int, group: dist.Proc
     dist.send(part.block.view(torch.uint8), rank, group)
 
 
-def receive_part(dtype: torch.dtype, pin: bool, group: dist.ProcessGroup) -> tuple[int, PackedAdapter] | None:
+def receive_part(dtype: torch.dtype, group: dist.ProcessGroup) -> tuple[int, PackedAdapter] | None:
     """(slot, this rank's part) of what rank 0 sends with send_part; None when no more come."""
     header = torch.empty(3, dtype=torch.int64)
     dist.recv(header, 0, group)
@@ -294,11 +295,11 @@ def receive_part(dtype: torch.dtype, pin: bool, group: dist.ProcessGroup) -> tup
         return None
     layout = torch.empty(layout_len, dtype=torch.uint8)
     dist.recv(layout, 0, group)
-    block = torch.empty(numel, dtype=dtype, pin_memory=pin)
-    dist.recv(block.view(torch.uint8), 0, group)
+    block = torch.from_numpy(np.empty(numel * dtype.itemsize, np.uint8))  # NumPy asks for huge pages
+    dist.recv(block, 0, group)
     sites = json.loads(layout.numpy().tobytes())
     blocks = {int(i): SiteBlock(tuple(r), tuple(s), a, tuple(b), c) for i, (r, s, a, b, c) in sites.items()}
-    return slot, PackedAdapter(block=block, sites=blocks)
+    return slot, PackedAdapter(block=block.view(dtype), sites=blocks)
 
 
 def _abort_collectives() -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from multigraft.adapters.site import PackedAdapter
+from multigraft.adapters.staging import Load
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import MultigraftError
 from multigraft.engine import wire
@@ -53,16 +54,18 @@ def run(config: EngineConfig, store: dist.Store, rank: int) -> None:
     store.set(f"ready/{rank}", b"")
     training = FollowedTraining(parts, group, store, max_rank=config.adapters.max_lora_rank)
     _follow(parts, group, transfers, training)
+    parts.runner.drop_graphs()
     dist.destroy_process_group()
 
 
 def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, training: FollowedTraining) -> None:
     arrived: queue.Queue[tuple[int, PackedAdapter] | RuntimeError] = queue.Queue()
     loaded = parts.loaded
+    loads: dict[int, Load] = {}  # by slot; those that no step has needed yet
 
     def receive() -> None:
         try:
-            while part := receive_part(loaded.dtype, loaded.device.type == "cuda", transfers):
+            while part := receive_part(loaded.dtype, transfers):
                 arrived.put(part)
         except RuntimeError as e:  # a broken connection; handed to the thread that waits for an adapter
             arrived.put(e)
@@ -74,6 +77,8 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
         kind = message[0]
         if kind == wire.STEP:
             batch, rows, num_late = wire.decode(message)
+            for slot in loads.keys() & {span.slot for span in batch.spans}:
+                loads.pop(slot).join()
             late = None
             if num_late:
                 late = LateTokens(torch.empty(num_late, dtype=torch.int64, device=loaded.device), rows)
@@ -87,7 +92,7 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
                 raise part
             slot, packed = part
             assert slot == message[1], (slot, message)
-            parts.bank.load(slot, packed).join()
+            loads[slot] = parts.bank.load(slot, packed)
         elif kind == wire.UNLOAD:
             parts.bank.unload(int(message[1]))
         elif kind >= wire.JOIN:

@@ -29,39 +29,38 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multigraft.kernels.tiles import BASE
+from multigraft.kernels.tiles import BASE, HIGH_RANK_ROWS, LOW_RANK, PREFILL_ROWS
 
 MAX_SPLITS = 8
 ALIGN = tl.constexpr(8)
 """Elements; factor offsets are multiples of it, which makes 16-byte loads possible."""
 
 MANY_TILES = 32
-"""From so many on, shrink need not cut x into small pieces to fill the card, and who adds them up has less to read."""
-LOW_RANK = 16
-"""Up to it decode tiles are expanded without tensor cores."""
+"""So many fill the card. With fewer, x is cut into smaller pieces for shrink, and expand takes more ranks at a time."""
 
-# Block sizes by rows a tile; those of shrink also by whether there are MANY_TILES, the others by whether there may be
-# adapters above LOW_RANK. CHUNK: columns of x one program reads at least. DOT_N: columns at a time on tensor cores; 0:
-# without those. Then 32 threads a warp, 8 columns a load: BLOCK_N is a multiple of what the warps load at once, so that
-# a thread holds all the ranks of its columns (else the sum over ranks goes through shared memory, and takes three times
-# as long).
+# Block sizes. "few" and "many" tiles of DECODE_ROWS (shrink: or of HIGH_RANK_ROWS), "high" ranks, whose tiles are of
+# HIGH_RANK_ROWS, and "prompts", of PREFILL_ROWS, without and with high ranks. CHUNK: columns of x one program reads at
+# least. DOT_N: columns at a time on tensor cores; 0: without those. Then 32 threads a warp, 8 columns a load: BLOCK_N
+# is a multiple of what the warps load at once, so that a thread holds all the ranks of its columns (else the sum over
+# ranks goes through shared memory, and takes three times as long).
 SHRINK = {
-    (4, False): {"BLOCK_R": 16, "BLOCK_K": 128, "CHUNK": 256, "num_warps": 2, "num_stages": 4},
-    (4, True): {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 1024, "num_warps": 1, "num_stages": 6},
-    (64, False): {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
-    (64, True): {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
+    "few": {"BLOCK_R": 16, "BLOCK_K": 128, "CHUNK": 256, "num_warps": 2, "num_stages": 4},
+    "many": {"BLOCK_R": 16, "BLOCK_K": 64, "CHUNK": 1024, "num_warps": 1, "num_stages": 6},
+    "prompts": {"BLOCK_R": 64, "BLOCK_K": 64, "CHUNK": 2048, "num_warps": 4, "num_stages": 4},
 }
 EXPAND = {
-    (4, False): {"BLOCK_R": 4, "BLOCK_N": 2048, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
-    (4, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
-    (64, False): {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
-    (64, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 3, "num_warps": 4},
+    "few": {"BLOCK_R": 8, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
+    "many": {"BLOCK_R": 4, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
+    "high": {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    "prompts": {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    "prompts, high": {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 3, "num_warps": 4},
 }
 GATED = {
-    (4, False): {"BLOCK_R": 4, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
-    (4, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
-    (64, False): {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
-    (64, True): {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 2, "num_warps": 8},
+    "few": {"BLOCK_R": 8, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
+    "many": {"BLOCK_R": 4, "BLOCK_N": 1024, "DOT_N": 0, "STAGES": 1, "num_warps": 4},
+    "high": {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    "prompts": {"BLOCK_R": 16, "BLOCK_N": 1024, "DOT_N": 128, "STAGES": 3, "num_warps": 4},
+    "prompts, high": {"BLOCK_R": 64, "BLOCK_N": 512, "DOT_N": 64, "STAGES": 2, "num_warps": 8},
 }
 
 
@@ -429,33 +428,37 @@ def _overlap(device: torch.device) -> dict[str, bool]:
 
 def shrink(x: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> torch.Tensor:
     """h float32 (splits, T, columns) of x (T, sum(widths)); rows and columns of no tile and no rank stay unwritten."""
-    splits, chunk, blocks = _splits(work, widths)
-    h = _workspace(x, work, splits)
+    assert x.stride(1) == 1, "rows of x must be contiguous"
+    h, chunk, blocks = _workspace(x, work, widths)
     most = work.max_rank * (work.num_members if side == "a" else 1)
-    _shrink_kernel[(splits * len(widths), len(work.tiles), triton.cdiv(most, blocks["BLOCK_R"]))](
+    _shrink_kernel[(len(h) * len(widths), len(work.tiles), triton.cdiv(most, blocks["BLOCK_R"]))](
         h, x, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0),
-        WIDTHS=tuple(widths), BLOCKS=(splits,) * len(widths), MEMBERS=work.num_members, SIDE=side,
+        WIDTHS=tuple(widths), BLOCKS=(len(h),) * len(widths), MEMBERS=work.num_members, SIDE=side,
         CHUNK=chunk, BLOCK_M=work.block_m, **blocks, **_overlap(x.device),
     )  # fmt: skip
     return h
 
 
-def _splits(work: Work, widths: Sequence[int]) -> tuple[int, int, dict[str, int]]:
-    """(splits of x, columns of each, the further block sizes)."""
-    blocks = dict(SHRINK[work.block_m, len(work.tiles) >= MANY_TILES])
+def unwritten(x: torch.Tensor, work: Work) -> torch.Tensor:
+    """h as of `shrink`, side "a", where no tile is to be read."""
+    return _workspace(x, work, [x.shape[1]])[0]
+
+
+def _workspace(x: torch.Tensor, work: Work, widths: Sequence[int]) -> tuple[torch.Tensor, int, dict[str, int]]:
+    """(h, columns of x of each of its splits, the further block sizes)."""
+    few_or_many = "many" if len(work.tiles) >= MANY_TILES else "few"
+    blocks = dict(SHRINK["prompts" if work.block_m == PREFILL_ROWS else few_or_many])
     chunk = max(blocks.pop("CHUNK"), triton.cdiv(max(widths), MAX_SPLITS))
     chunk = triton.cdiv(chunk, blocks["BLOCK_K"]) * blocks["BLOCK_K"]
-    return triton.cdiv(max(widths), chunk), chunk, blocks  # for every member, so that each column has all its splits
-
-
-def _workspace(x: torch.Tensor, work: Work, splits: int) -> torch.Tensor:
+    splits = triton.cdiv(max(widths), chunk)  # for every member, so that each column has all its splits
     columns = triton.cdiv(work.num_members * work.max_rank, 16) * 16
-    return torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
+    h = torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
+    return h, chunk, blocks
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
     """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place."""
-    options = EXPAND[work.block_m, work.max_rank > LOW_RANK]
+    options = EXPAND[_kind(work, work.tiles)]
     blocks = _blocks(widths, options["BLOCK_N"])
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
@@ -464,27 +467,32 @@ def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, si
     )  # fmt: skip
 
 
+def _kind(work: Work, tiles: torch.Tensor) -> str:
+    """Which block sizes of EXPAND and GATED to take."""
+    if work.block_m == PREFILL_ROWS:
+        return "prompts, high" if work.max_rank > LOW_RANK else "prompts"
+    if work.block_m == HIGH_RANK_ROWS:
+        return "high"
+    return "many" if len(tiles) >= MANY_TILES else "few"
+
+
 def forward(y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, out_features: Sequence[int]) -> None:
     """y (T, sum(out)) += the adapters' outputs for x (T, in), in place; y may be x: shrink has read it all by then."""
-    assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
+    assert y.stride(1) == 1, "rows of y must be contiguous"
     h = shrink(x, arena, work, "a", [x.shape[1]])
     expand(y, h, arena, work, "b", out_features)
 
 
-def gated(
-    y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, work: Work, all_tiles: torch.Tensor, adapted: bool = True
-) -> torch.Tensor:
-    """(T, width): silu(gate) * up, of gate and up side by side in y (T, 2 width), each with the adapters' outputs for
-    x (T, in) added, which y itself does not get.
+def gated(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, all_tiles: torch.Tensor) -> torch.Tensor:
+    """(T, width): silu(gate) * up, of gate and up side by side in y (T, 2 width), each with what h, of shrink, gives
+    added, which y itself does not get.
 
-    all_tiles: those of work, and tiles of the slot BASE for all rows without an adapter. adapted: whether any adapter
-    acts here.
+    all_tiles: those of work, and tiles of the slot BASE for all rows without an adapter.
     """
-    assert x.stride(1) == 1 and y.stride(1) == 1, "rows of x and y must be contiguous"
-    h = shrink(x, arena, work, "a", [x.shape[1]]) if adapted else _workspace(x, work, _splits(work, [x.shape[1]])[0])
+    assert y.stride(1) == 1, "rows of y must be contiguous"
     width = y.shape[1] // 2
     z = y.new_empty(y.shape[0], width)
-    options = GATED[work.block_m, work.max_rank > LOW_RANK]
+    options = GATED[_kind(work, all_tiles)]
     _gated_kernel[(triton.cdiv(width, options["BLOCK_N"]), len(all_tiles))](
         z, y, h, arena, work.table, work.scales, all_tiles, *work.strides,
         h.stride(0), h.stride(1), y.stride(0), z.stride(0),

@@ -11,14 +11,22 @@ BASE = -2
 """Slot of a tile whose rows have no adapter. Only operations that also do the base model's work look at it."""
 
 DECODE_ROWS = 4
+HIGH_RANK_ROWS = 16
 PREFILL_ROWS = 64
-"""Rows a tile, `block_m`, for few and for many rows an adapter. lora_triton.py has block sizes for each, and gradients
-for the latter."""
+"""Rows a tile, `block_m`, for few rows an adapter, for few with ranks above LOW_RANK, and for many. lora_triton.py has
+block sizes for each, and gradients for the last."""
+LOW_RANK = 16
+"""Up to it tiles of few rows are expanded without tensor cores. Above it with them, which take 16 rows at once."""
 
 
-def choose_block_m(num_rows: int, num_segments: int) -> int:
-    """Rows a tile for this many adapted rows in this many segments."""
-    return PREFILL_ROWS if 4 * num_rows > PREFILL_ROWS * num_segments else DECODE_ROWS
+def decode_rows(max_rank: int) -> int:
+    """Rows a tile where adapters have few rows, for ranks up to max_rank."""
+    return HIGH_RANK_ROWS if max_rank > LOW_RANK else DECODE_ROWS
+
+
+def choose_block_m(num_rows: int, num_segments: int, max_rank: int) -> int:
+    """Rows a tile for this many adapted rows in this many segments, for ranks up to max_rank."""
+    return PREFILL_ROWS if 4 * num_rows > PREFILL_ROWS * num_segments else decode_rows(max_rank)
 
 
 def build_tiles(
@@ -64,8 +72,7 @@ def cut_tiles(row_slot: np.ndarray, block_m: int) -> np.ndarray:
     return np.stack([starts, np.minimum(left, block_m), row_slot[starts]], axis=1).astype(np.int32)
 
 
-def max_tiles(num_rows: int, max_slots: int) -> int:
-    """Tiles of DECODE_ROWS that rows sorted by slot are cut into, at most, rows without a slot at either end among
-    them."""
+def max_tiles(num_rows: int, max_slots: int, block_m: int) -> int:
+    """Tiles that rows sorted by slot are cut into, at most, rows without a slot at either end among them."""
     runs = min(num_rows, max_slots + 2)
-    return runs + (num_rows - runs) // DECODE_ROWS
+    return runs + (num_rows - runs) // block_m

@@ -80,9 +80,13 @@ class CpuGrafts:
         if rows.tiles is not None:
             self._site_adapters[site].add(y, x, rows.tiles)
 
-    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        y = self.train.linears[site].base(x)
         self.add(site, y, x)
-        return swiglu(y)
+        return y
+
+    def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        return swiglu(self.linear(site, x))
 
     def _add_wide(self, site: int, y: torch.Tensor, x: torch.Tensor, run: list[tuple[int, int, int]]) -> None:
         """Adjacent segments of equal length: together where their adapters have equal ranks and scales."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
-from multigraft.kernels.tiles import BASE, DECODE_ROWS, UNUSED, cut_tiles, max_tiles
+from multigraft.kernels.tiles import BASE, UNUSED, cut_tiles, max_tiles
 from multigraft.models.captured import KNOWN, Captured, with_late
 from multigraft.models.flashinfer import DecodeRows, FlashInferBackend, gather_pages
 from multigraft.models.graph_inputs import GraphInputs
@@ -63,7 +63,7 @@ class DecodeGraphs:
                 "positions": (np.int64, most),
                 "late_rows": (np.int64, most),
                 "indptr": (np.int32, most + 1),
-                "tiles": (np.int32, 3 * max_tiles(most, grafts.bank.max_slots)),
+                "tiles": (np.int32, 3 * max_tiles(most, grafts.bank.max_slots, grafts.decode_rows)),
                 "pages": (np.int32, most * -(-max_len // attention.kv.page_size)),  # most of it is not in use, nor sent
             },
             attention.kv.k.device,
@@ -126,7 +126,7 @@ class DecodeGraphs:
         row_slot = np.full(size, BASE, np.int32)
         row_slot[:n] = [BASE if s.slot is None else s.slot for s in spans]
         if not spans or (row_slot != BASE).any():
-            tiles, cut = inputs["tiles"].reshape(-1, 3), cut_tiles(row_slot, DECODE_ROWS)
+            tiles, cut = inputs["tiles"].reshape(-1, 3), cut_tiles(row_slot, self.grafts.decode_rows)
             tiles[:, 2] = UNUSED
             tiles[: len(cut)] = cut
         inputs.send(num_pages + size - n)
@@ -140,7 +140,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture_all(self) -> None:
         for size in reversed(self.sizes):
-            num_tiles = max_tiles(size, self.grafts.bank.max_slots)
+            num_tiles = max_tiles(size, self.grafts.bank.max_slots, self.grafts.decode_rows)
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
             self._prepare(Batch(), size)
             fixed = self._inputs.on_device
@@ -148,7 +148,7 @@ class DecodeGraphs:
                 DecodeRows(fixed["positions"][:size], fixed["indptr"][: size + 1], fixed["pages"])
             )
             for kinds in CAPTURED:
-                self.grafts.begin_fixed(tiles, DECODE_ROWS, kinds)
+                self.grafts.begin_fixed(tiles, self.grafts.decode_rows, kinds)
                 self._captured.capture(size, kinds, partial(self._forward, size))
 
 

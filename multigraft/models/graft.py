@@ -6,13 +6,14 @@ adapter operation, serves all of them. A module of the tree is replaced by a `Gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType, SimpleNamespace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.library import CustomOpDef
 
 from multigraft.adapters.site import GATE, Site, SiteKind
 from multigraft.core.errors import ModelNotSupported
@@ -36,6 +37,14 @@ class Grafts(Protocol):
     """Whether any row of this step that is served is adapted."""
     train: TrainContext
 
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        """(rows, sum(out)): base and adapters' outputs for x (rows, in)."""
+        ...
+
+    def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        """(rows, width): swiglu of gate and up with the adapters' outputs for x (rows, in)."""
+        ...
+
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapters' outputs for x (rows, in; token ids (rows,) at an embedding) to y (rows, out), in place.
 
@@ -43,25 +52,27 @@ class Grafts(Protocol):
         """
         ...
 
-    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(rows, width): swiglu of y (rows, 2 width) with the adapters' outputs for x (rows, in) added; y is spent."""
-        ...
+
+@torch.library.custom_op("multigraft::graft_linear", mutates_args=())
+def _linear_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> torch.Tensor:
+    return handles.lookup(handle).linear(int(site), x)
+
+
+@torch.library.custom_op("multigraft::graft_gated", mutates_args=())
+def _gated_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> torch.Tensor:
+    return handles.lookup(handle).gated(int(site), x)
+
+
+@_linear_op.register_fake
+@_gated_op.register_fake
+def _(x, width, handle, site):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], width)
 
 
 @torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
 def _graft_op(y: torch.Tensor, x: torch.Tensor | None, handle: int, site: torch.Tensor) -> None:
     """x None: y itself, which a compiled graph takes once only, as it is changed."""
     handles.lookup(handle).add(int(site), y, y if x is None else x)
-
-
-@torch.library.custom_op("multigraft::graft_gated_", mutates_args={"y"})
-def _gated_op(y: torch.Tensor, x: torch.Tensor, handle: int, site: torch.Tensor) -> torch.Tensor:
-    return handles.lookup(handle).gated(int(site), y, x)
-
-
-@_gated_op.register_fake
-def _(y, x, handle, site):  # type: ignore[no-untyped-def]
-    return y.new_empty(y.shape[0], y.shape[1] // 2)
 
 
 class GraftPoint:
@@ -75,23 +86,26 @@ class GraftPoint:
 
     def linear(self, siblings: SiblingLinears, x: torch.Tensor) -> torch.Tensor:
         """Base and adapters (..., sum(out_features)) for x (..., in)."""
+        width = sum(siblings.out_features)
         if self.grafts.train.active:
-            width = sum(siblings.out_features)
             return trained_linear(x.flatten(0, -2), width, self.handle, self.site_tensor).view(*x.shape[:-1], width)
-        y = siblings.base(x)
-        self.add(y, x)
-        return y
+        if not self.grafts.active:
+            return siblings.base(x)
+        return self._served(_linear_op, self.grafts.linear, x, width)
 
     def gated(self, siblings: SiblingLinears, x: torch.Tensor) -> torch.Tensor:
         """SwiGLU (..., width) of the gate and up projections of x (..., in) with the adapters' outputs."""
         if not self.grafts.active or self.grafts.train.active:
             return swiglu(self.linear(siblings, x))
-        y, rows = siblings.base(x).flatten(0, -2), x.flatten(0, -2)
-        if torch.compiler.is_compiling():
-            z = _gated_op(y, rows, self.handle, self.site_tensor)
-        else:
-            z = self.grafts.gated(self.site, y, rows)
-        return z.view(*x.shape[:-1], -1)
+        return self._served(_gated_op, self.grafts.gated, x, sum(siblings.out_features) // 2)
+
+    def _served(
+        self, op: CustomOpDef, method: Callable[[int, torch.Tensor], torch.Tensor], x: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        compiling = torch.compiler.is_compiling()
+        y = op(rows, width, self.handle, self.site_tensor) if compiling else method(self.site, rows)
+        return y.view(*x.shape[:-1], width)
 
     def residual(self, h: torch.Tensor) -> torch.Tensor:
         """The residual stream (..., hidden) after the adapters: h itself, changed, unless it is to have a gradient."""

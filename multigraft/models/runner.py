@@ -99,3 +99,7 @@ class Runner:
                 logits_to_keep=upload(torch.from_numpy(head_rows), self.device),
             ).logits[0]
         return StepOutput(logits=logits, num_sampled=len(rows.sampled), scored=rows.scored)
+
+    def drop_graphs(self) -> None:
+        """NCCL's communicator does not end before the graphs that captured its collectives."""
+        self.graphs = self.mixed_graphs = None

@@ -51,8 +51,12 @@ class SLoraCudaGrafts(CudaGrafts):
         widths = [stop - start for start, stop in where.b_features]
         self._kernels.expand(y[:, first : first + sum(widths)], h, bank.arena, work_b, "b", widths)
 
-    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
         if not exchanges(self.sites[site]):
-            return super().gated(site, y, x)
+            return super().linear(site, x)
+        y = self.train.linears[site].base(x)
         self.add(site, y, x)
-        return swiglu(y)
+        return y
+
+    def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        return swiglu(self.linear(site, x)) if exchanges(self.sites[site]) else super().gated(site, x)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
-from multigraft.kernels.tiles import BASE, DECODE_ROWS, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m
+from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows
 from multigraft.kernels.train import embedding_forward
 from multigraft.kvcache.transfer import upload
 from multigraft.models.rows import NO_SLOT
@@ -35,6 +36,7 @@ class CudaGrafts:
         self.bank = bank
         self.head_sites = {s.index for s in sites if head in s.members}
         self.max_rank = max_rank
+        self.decode_rows = decode_rows(max_rank)
         self.train = TrainContext(sites)
         self.active = False
         self._body: _Tiles | None = None
@@ -42,6 +44,7 @@ class CudaGrafts:
         self._fixed: frozenset[SiteKind] | None = None
         self._kinds: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
         self._kernels = lora_triton
+        self._beside = torch.cuda.Stream(bank.device) if bank.device.type == "cuda" else None
 
     def kinds(self, slots: Iterable[int]) -> frozenset[SiteKind] | None:
         """The kinds of sites, inside the decoder layers, where the slots' adapters act; None when one of them acts
@@ -67,11 +70,11 @@ class CudaGrafts:
         for site in {(s.in_features, s.out_features): s for s in body}.values():
             x = bank.arena.new_zeros(2, site.in_features)
             y = bank.arena.new_zeros(2, sum(site.out_features))
-            for block_m in (DECODE_ROWS, PREFILL_ROWS):
+            for block_m in (self.decode_rows, PREFILL_ROWS):
                 work = self._work(site, _Tiles(tiles, block_m, [], 1))
                 self._kernels.forward(y, x, bank.arena, work, site.out_features)
                 if site.is_gate:
-                    self._kernels.gated(y, x, bank.arena, work, tiles)
+                    self._kernels.gated(y, self._kernels.unwritten(x, work), bank.arena, work, tiles)
 
     def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
         """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.
@@ -88,8 +91,29 @@ class CudaGrafts:
         self.active = bool((row_slot != NO_SLOT).any())
         self._fixed = None
         if self.active:
-            self._body = _Tiles.of(row_slot, self.bank.device)
-            self._head = _Tiles.of(row_slot[head_rows], self.bank.device)
+            self._body = _Tiles.of(row_slot, self.max_rank, self.bank.device)
+            self._head = _Tiles.of(row_slot[head_rows], self.max_rank, self.bank.device)
+
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        tiles, where, base = self._tiles(site), self.sites[site], self.train.linears[site].base
+        if tiles is None:
+            return base(x)
+        work = self._work(where, tiles)
+        y, h = side_by_side(partial(base, x), partial(self._shrink, work, x), self._beside)
+        self._kernels.expand(y, h, self.bank.arena, work, "b", where.out_features)
+        return y
+
+    def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        assert self._body is not None
+        work, base = self._work(self.sites[site], self._body), self.train.linears[site].base
+        if self._tiles(site) is None:
+            y, h = base(x), self._kernels.unwritten(x, work)
+        else:
+            y, h = side_by_side(partial(base, x), partial(self._shrink, work, x), self._beside)
+        return self._kernels.gated(y, h, self.bank.arena, work, self._body.table)
+
+    def _shrink(self, work: Work, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.shrink(x, self.bank.arena, work, "a", [x.shape[1]])
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         tiles, where = self._tiles(site), self.sites[site]
@@ -100,11 +124,6 @@ class CudaGrafts:
         else:
             self._kernels.forward(y, x, self.bank.arena, self._work(where, tiles), where.out_features)
 
-    def gated(self, site: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        assert self._body is not None
-        work = self._work(self.sites[site], self._body)
-        return self._kernels.gated(y, x, self.bank.arena, work, self._body.table, self._tiles(site) is not None)
-
     def _tiles(self, site: int) -> _Tiles | None:
         """Those of the rows that reach the site; None when no adapter acts on them there."""
         acts = self.bank.entries(site) if self._fixed is None else self.sites[site].kind in self._fixed
@@ -114,6 +133,25 @@ class CudaGrafts:
         bank, members = self.bank, len(site.members)
         table, scales = bank.table[site.index, :, :members], bank.scales[site.index, :, :members]
         return self._kernels.Work(table, scales, tiles.table[: tiles.num_adapted], tiles.block_m, self.max_rank)
+
+
+def side_by_side(
+    base: Callable[[], torch.Tensor], shrink: Callable[[], torch.Tensor], beside: torch.cuda.Stream | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both return. In a captured step the GPU runs them at once, shrink on the stream `beside`: with few rows
+    either one waits for memory.
+
+    Elsewhere a second stream would cost more of the host's time than it spares of the GPU's.
+    """
+    if beside is None or not torch.cuda.is_current_stream_capturing():
+        return base(), shrink()
+    stream = torch.cuda.current_stream()
+    beside.wait_stream(stream)
+    y = base()
+    with torch.cuda.stream(beside):
+        h = shrink()  # allocated for that stream, which waits for all of its readers before it has the next one
+    stream.wait_stream(beside)
+    return y, h
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +165,12 @@ class _Tiles:
     """The first so many tiles may have slots."""
 
     @classmethod
-    def of(cls, row_slot: np.ndarray, device: torch.device) -> _Tiles | None:
+    def of(cls, row_slot: np.ndarray, max_rank: int, device: torch.device) -> _Tiles | None:
         """None when no row has a slot."""
         segments = cut_segments(row_slot)
         if not segments:
             return None
-        block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), len(segments))
+        block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), len(segments), max_rank)
         every = cut_segments(np.where(row_slot == NO_SLOT, BASE, row_slot))
         bounds = torch.tensor([s[:2] for s in every], dtype=torch.int32)
         table = build_tiles(bounds, torch.tensor([s[2] for s in every]), block_m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -10,8 +11,9 @@ from multigraft.core.config import TrainingConfig
 
 from .steptime import StepShape, StepTimeModel
 
-HEADROOM = 0.8
-"""Share of the time-per-token target that a step may take: predictions err, and a token waits for the step before."""
+HEADROOM = 0.85
+"""Share of the time-per-token target that steps with decodes may take on average, one alone the target: predictions
+err, and a request may have more than its share of long steps."""
 PROMPT_SHARE = 0.1
 """Share of the time-to-first-token target that training may add to one step of a prompt, and the longest stretch of
 training alone, since the next request may arrive at its beginning."""
@@ -41,12 +43,14 @@ class TrainWork:
 class TrainingShare:
     """Grants each step its training part.
 
-    A step with decodes may take HEADROOM of the target for the time per token; one with prompts may be lengthened by
-    PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that. Without
-    requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps observed
-    and fit again as more of them come, so that both the engine's and the twin's decisions follow from what they saw;
-    before it has been fit to steps with training of both directions, a part is a single layer: what it has not seen, it
-    takes for free.
+    Steps with decodes may take HEADROOM of the target for the time per token. They do so on average, since the target
+    is one of averages, layers are not divisible and a pass may end early: what a step leaves, later ones may take, up
+    to the target itself, and what one took beyond what was predicted, they give back. A step with prompts may be
+    lengthened by PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that.
+    Without requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps
+    observed and fit again as more of them come, so that both the engine's and the twin's decisions follow from what
+    they saw; before it has been fit to steps with training of both directions, a part is a single layer: what it has
+    not seen, it takes for free.
     """
 
     def __init__(self, config: TrainingConfig, model: StepTimeModel | None = None):
@@ -54,6 +58,8 @@ class TrainingShare:
         self.model = model
         self.granted_seconds = 0.0
         """By which the parts granted so far lengthened their steps, as predicted; those before the first fit aside."""
+        self._spare = 0.0
+        """Seconds that steps with decodes have left of what they might take; negative: have taken beyond it."""
         self._plain: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
         self._trained: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
         """Kept apart, so that a busy time without training does not make it look free."""
@@ -66,42 +72,48 @@ class TrainingShare:
             return None
         if self.model is None or not self._knows_training:
             return work.part(1)
-        shape = StepShape.of(batch)
-        limit = self._limit(shape, num_waiting)
-        most = work.forward + work.backward
-        low, high = 0, most  # the largest part within the limit, by bisection
+        model, shape = self.model, StepShape.of(batch)
+        served = model.predict(shape)
+        idle = not batch.spans and not num_waiting
+        due, most = self._due(shape, served, num_waiting)
+        priority = 1.0 if idle else self.config.train_priority
+        spare = self._spare if shape.decode_rows else 0.0
+        limit = served + min(priority * (due + spare), most)
+        low, high = 0, work.forward + work.backward  # the largest part within the limit, by bisection
         while low < high:
             middle = (low + high + 1) // 2
-            if self.model.predict(with_part(shape, work.part(middle))) <= limit:
+            if model.predict(with_part(shape, work.part(middle))) <= limit:
                 low = middle
             else:
                 high = middle - 1
-        idle = not batch.spans and not num_waiting
         layers = max(low, 1) if idle else low
-        if not layers:
-            return None
-        part = work.part(layers)
-        before = 0.0 if idle else self.model.predict(shape)
-        self.granted_seconds += max(0.0, self.model.predict(with_part(shape, part)) - before)
+        part = work.part(layers) if layers else None
+        granted = 0.0 if part is None else max(0.0, model.predict(with_part(shape, part)) - served)
+        self.granted_seconds += granted
+        if shape.decode_rows:
+            self._overrun(granted - priority * due)
         return part
 
-    def _limit(self, shape: StepShape, num_waiting: int) -> float:
-        """Seconds that the step may take."""
-        config, model = self.config, self.model
-        assert model is not None
-        served = model.predict(shape)
-        pause = PROMPT_SHARE * config.ttft_slo_ms / 1e3
-        if not (shape.decode_rows or shape.prefill_rows or num_waiting):
-            return pause
-        extra = HEADROOM * config.tpot_slo_ms / 1e3 - served if shape.decode_rows else pause
-        if shape.prefill_rows or num_waiting:
-            extra = min(extra, pause)
-        return served + config.train_priority * max(0.0, extra)
+    def _due(self, shape: StepShape, served: float, num_waiting: int) -> tuple[float, float]:
+        """Seconds by which training may lengthen a step that takes `served` without: on average, and at most."""
+        pause = PROMPT_SHARE * self.config.ttft_slo_ms / 1e3
+        if not shape.decode_rows:
+            return pause, pause
+        target = self.config.tpot_slo_ms / 1e3
+        longest = pause if shape.prefill_rows or num_waiting else math.inf
+        return min(HEADROOM * target - served, longest), min(target - served, longest)
+
+    def _overrun(self, seconds: float) -> None:
+        """Steps with decodes take so much more than their average may be. A single step's worth is remembered."""
+        target = self.config.tpot_slo_ms / 1e3
+        self._spare = max(-target, min(self._spare - seconds, target))
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took so long."""
         if seconds <= 0:
             return
+        if self.model is not None and self._knows_training and shape.decode_rows:
+            self._overrun(seconds - self.model.predict(shape))
         (self._trained if shape.train_layers else self._plain).append((shape, seconds))
         self._until_fit -= 1
         learns = not self._knows_training and self._num_backward() >= FIRST_FIT

@@ -101,9 +101,6 @@ class Profile:
         steps = replace(self.steps, correction=self.steps.correction * (1 + self.margin))
         return replace(self, steps=steps, margin=0.0)
 
-    def copy_seconds(self, nbytes: int) -> float:
-        return self.loads.copy + self.loads.copy_per_byte * nbytes
-
     def adapter_bytes(self, rank: int) -> int:
         return rank * self.memory.adapter_rank
 

@@ -127,6 +127,8 @@ class Twin:
         self._loads: list[tuple[float, int, float, AdapterMove]] = []
         """Copies to the device: a heap of (due, number, start of the load, move)."""
         self._num_loads = 0
+        self._copied = 0.0
+        """When the copying threads will be done with what they have."""
         self._in_flight: _Flight | None = None
         self._delivered = 0.0
         """When the last results came."""
@@ -320,13 +322,16 @@ class Twin:
         heappush(self._loads, (due, self._num_loads, start, move))
 
     def _finish_loads(self) -> None:
-        """As EngineCore's inbox and AdapterLoads: on the CPU a copy takes the engine's own time."""
+        """As EngineCore's inbox and AdapterLoads: on the CPU a copy takes the engine's own time, elsewhere that of the
+        copying threads, which all work on the first one."""
+        loads = self.profile.loads
         while self._host.done:
             move, start = self._host.done.popleft()
-            copied = self.now + self.profile.copy_seconds(move.ref.nbytes)
+            self._copied = max(self._copied, self.now) + loads.copy_per_byte * move.ref.nbytes
+            due = self._copied + loads.copy
             if not self.profile.overlap:
-                self.now = self._host.idle(self.now, copied)
-            self._push_copy(copied, start, move)
+                self.now = self._host.idle(self.now, due)
+            self._push_copy(due, start, move)
         while self._loads and self._loads[0][0] <= self.now:
             _, _, start, move = heappop(self._loads)
             self.scheduler.adapter_loaded(move.ref.uid)

@@ -1,19 +1,22 @@
 """The device bank: contents, accounting and tables under random loads and unloads."""
 
 import random
-from dataclasses import replace
+import threading
 
 import pytest
 import torch
 
+from multigraft.adapters import staging
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.packing import pack
 from multigraft.adapters.plan import ALIGN, MemberFactors, lay_out
 from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.errors import CapacityExceeded
 from multigraft.kernels.lora import NO_OFFSET
+from tests.adapters.lazy_stream import stage_lazily
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", "lazy", pytest.param("cuda", marks=on_cuda)]
 SITES = [
     Site(0, SiteKind.EMBEDDING, ("embed",), 50, (16,)),
     Site(1, SiteKind.LINEAR, ("q", "k", "v"), 16, (16, 8, 8)),
@@ -23,6 +26,15 @@ SITES = [
 SHAPES = {path: (s.in_features, out) for s in SITES for path, out in zip(s.members, s.out_features, strict=True)}
 
 Tensors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def make_bank(device: str, max_slots: int, capacity_bytes: int) -> Bank:
+    """lazy: on the CPU, loading as on CUDA."""
+    on = "cpu" if device == "lazy" else device
+    bank = Bank(SITES, max_slots=max_slots, capacity_bytes=capacity_bytes, dtype=torch.float32, device=on)
+    if device == "lazy":
+        stage_lazily(bank, chunks=3, numel=100)
+    return bank
 
 
 def make(ranks: dict[str, int], seed: int = 0) -> tuple[PackedAdapter, Tensors]:
@@ -74,8 +86,9 @@ def test_random_loads_and_unloads(device, monkeypatch):
     compactions, compact = [], Bank._compact
     monkeypatch.setattr(Bank, "_compact", lambda bank: (compactions.append(1), compact(bank)))
     rng = random.Random(7)
-    bank = Bank(SITES, max_slots=6, capacity_bytes=30_000, dtype=torch.float32, device=device)
+    bank = make_bank(device, 6, 30_000)
     tenants: dict[int, tuple[PackedAdapter, Tensors]] = {}
+    under_way: dict[int, staging.Load] = {}
     loads = refusals = 0
     for step in range(400):
         slot, before = rng.randrange(6), bank.version
@@ -87,7 +100,7 @@ def test_random_loads_and_unloads(device, monkeypatch):
             new = make(random_ranks(rng), seed=step)
             others = sum(p.nbytes for s, (p, _) in tenants.items() if s != slot)
             if others + new[0].nbytes <= bank.capacity_bytes:  # bytes alone decide, however fragmented
-                bank.load(slot, new[0]).wait()
+                under_way[slot] = bank.load(slot, new[0])
                 tenants[slot] = new
                 assert bank.version > before
                 loads += 1
@@ -99,6 +112,9 @@ def test_random_loads_and_unloads(device, monkeypatch):
         assert bank.slots == sorted(tenants) and bank.used_bytes == sum(p.nbytes for p, _ in tenants.values())
         if step % 10 == 0:
             bank.check_integrity()
+            while not all(load.ready() for load in under_way.values()):
+                pass
+            under_way.clear()
             for s in range(6):
                 check_content(bank, s, tenants[s][1] if s in tenants else {})
     assert loads > 100 and refusals > 10 and len(compactions) > 10
@@ -110,7 +126,7 @@ def test_compaction_makes_room(device, chunk, monkeypatch):
     monkeypatch.setattr("multigraft.adapters.bank.COMPACTION_CHUNK", chunk)
     small, big = {"o": 4}, {"o": 6}
     size = make(small)[0].nbytes
-    bank = Bank(SITES, max_slots=9, capacity_bytes=8 * size, dtype=torch.float32, device=device)
+    bank = make_bank(device, 9, 8 * size)
     kept = {}
     for slot in range(8):
         packed, tensors = make(small, seed=slot)
@@ -130,36 +146,136 @@ def test_compaction_makes_room(device, chunk, monkeypatch):
     assert bank.generation(1) == generation, "moving an adapter does not make it another one"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@on_cuda
 def test_loads_under_way_are_moved_and_replaced_in_order():
-    """Nobody waits for a load here but the reader at the end: copies of 64 MiB, overtaken by moves and unloads."""
+    """Nobody waits for a load here but the reader at the end: copies of 64 MiB, overtaken by moves and unloads.
+
+    And no memory is locked for them, but the little that a row of the table takes.
+    """
     site = Site(0, SiteKind.LINEAR, ("big",), 2**20, (64,))
 
     def big(value: float, rank: int) -> PackedAdapter:
         plan = lay_out([site], {"big": MemberFactors("a", "b", rank, 1.0)})
         a, b = torch.full((rank, 2**20), value), torch.full((64, rank), value)
-        packed = pack(plan, {"a": a, "b": b}.__getitem__, torch.float32)
-        return replace(packed, block=packed.block.pin_memory())
+        return pack(plan, {"a": a, "b": b}.__getitem__, torch.float32)
 
     adapters = {value: big(value, rank) for value, rank in ((1.0, 16), (2.0, 16), (3.0, 16), (4.0, 24))}
     capacity = adapters[1.0].nbytes + adapters[2.0].nbytes + adapters[3.0].nbytes
     bank = Bank([site], max_slots=4, capacity_bytes=capacity, dtype=torch.float32, device="cuda")
+    torch.cuda.memory.reset_peak_host_memory_stats()
+    locked = torch.cuda.memory.host_memory_stats()["allocated_bytes.current"]
     overtaken = 0
     for _ in range(5):
+        loads = []
         for slot, value in ((0, 1.0), (1, 2.0), (2, 3.0)):
-            load = bank.load(slot, adapters[value])
-        overtaken += not load.ready()
+            loads.append(bank.load(slot, adapters[value]))
+        overtaken += not loads[-1].ready()
         bank.unload(0)
         bank.unload(2)
-        bank.load(3, adapters[4.0])  # slot 1 moves to the arena's start
+        loads.append(bank.load(3, adapters[4.0]))  # slot 1 moves to the arena's start
         bank.check_integrity()
-        torch.cuda.synchronize()
+        for load in loads:
+            load.wait()
         for slot, value in ((1, 2.0), (3, 4.0)):
             factors = bank.factors(0, slot)
             assert (factors.a == value).all() and (factors.b[0] == value).all()
         bank.unload(1)
         bank.unload(3)
     assert overtaken, "every load had ended before it could be overtaken: nothing was tested"
+    assert torch.cuda.memory.host_memory_stats()["allocated_bytes.peak"] - locked < 2**20
+
+
+@on_cuda
+def test_loads_beside_launches():
+    """Loads queue behind what uses the extents that were freed for them, and kernels after them see them whole."""
+    ranks = {"q": 16, "k": 16, "v": 16, "o": 16, "gate": 16, "up": 16, "embed": 16}
+    adapters = [make(ranks, seed) for seed in range(4)]
+    nbytes = adapters[0][0].nbytes
+    bank = Bank(SITES, max_slots=2, capacity_bytes=2 * nbytes, dtype=torch.float32, device="cuda")
+    a, seen = torch.randn(4096, 4096, device="cuda"), []
+    bank.load(0, adapters[0][0]).join()
+    for i in range(1, 40):
+        for _ in range(20):
+            a = torch.nn.functional.normalize(a @ a)
+        start = bank._tenants[0].start
+        seen.append(bank.arena[start : start + nbytes // 4].clone())  # queued behind the products
+        bank.unload(0)
+        load = bank.load(0, adapters[i % 4][0])
+        if i % 2:
+            load.join()
+        else:
+            load.wait()
+    torch.cuda.synchronize()
+    for i, block in enumerate(seen):
+        assert torch.equal(block.cpu(), adapters[i % 4][0].block), f"load {i}"
+
+
+def one_adapter(slots: int = 1) -> tuple[Bank, PackedAdapter, Tensors]:
+    """And a bank that loads it, through chunks much smaller than it is."""
+    packed, tensors = make({"q": 16, "gate": 8, "up": 3})
+    bank = Bank(SITES, max_slots=slots, capacity_bytes=slots * packed.nbytes, dtype=torch.float32)
+    return bank, packed, tensors
+
+
+def test_a_load_ends_with_its_last_copy():
+    bank, packed, tensors = one_adapter()
+    stage_lazily(bank, chunks=2, numel=128)
+    load = bank.load(0, packed)
+    assert bank.slots == [0] and len(load.copies) == -(-packed.block.numel() // 128)
+    before = 0
+    while not load.ready():
+        before += 1
+    assert before >= 1
+    check_content(bank, 0, tensors)
+
+
+def test_nobody_waits_for_a_chunk_but_the_copying_threads(monkeypatch):
+    """Threads that cannot go on: loads begin, move and go all the same, and what is late finds its place, or none."""
+    go = threading.Event()
+    bank, packed, tensors = one_adapter(slots=4)
+    stage_lazily(bank, chunks=2, numel=128)
+    put = bank._put
+    monkeypatch.setattr(bank, "_put", lambda *args: go.wait(10) and put(*args))
+    loads = [bank.load(slot, packed) for slot in range(4)]
+    bank.unload(0)
+    bank.unload(3)
+    bank._compact()
+    assert [bank._tenants[slot].start for slot in (1, 2)] == [0, packed.block.numel()]
+    assert not any(load.ready() for load in loads)
+    bank.arena[2 * packed.block.numel() :].fill_(7)
+    go.set()
+    for load in loads:
+        load.wait()
+    assert (bank.arena[2 * packed.block.numel() :] == 7).all(), "what has gone is not copied"
+    for slot in (1, 2):
+        check_content(bank, slot, tensors)
+    bank.check_integrity()
+
+
+def test_loads_follow_what_freed_their_extents():
+    bank, packed, _ = one_adapter()
+    stream = stage_lazily(bank, chunks=2, numel=128)
+    bank.load(0, packed).wait()
+    bank.load(0, packed).wait()  # in place of the other
+    num = -(-packed.block.numel() // 128)
+    assert stream.calls == ["follow", *["copy"] * num, "mark", "follow", *["copy"] * num]
+    del stream.calls[:]
+    bank._compact()
+    assert stream.calls == ["mark", "follow"], "blocks that move while they are copied"
+
+
+def test_a_copy_that_fails_is_told():
+    bank, packed, tensors = one_adapter()
+    stream = stage_lazily(bank, chunks=1, numel=128)
+    copy = stream.copy
+    stream.copy = lambda *args: 1 / 0  # type: ignore[method-assign]
+    load = bank.load(0, packed)
+    with pytest.raises(ZeroDivisionError):
+        while not load.ready():
+            pass
+    stream.copy = copy  # type: ignore[method-assign]
+    bank.load(0, packed).wait()  # no chunk was lost
+    check_content(bank, 0, tensors)
 
 
 def test_load_takes_the_slot_over_or_changes_nothing():

@@ -280,41 +280,6 @@ def test_close_fails_what_has_not_begun(make_store, make_folder, monkeypatch):
     assert all(isinstance(f.exception(10), ShuttingDown) for f in futures[num:])
 
 
-def test_staged_copies_are_their_own(make_store, make_folder, monkeypatch):
-    """What a device load gets on CUDA: locked memory, given back after its use, beside the copy that is kept."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which needs CUDA
-    store = make_store(pin=True)
-    ref = store.register("a", make_folder("a"))
-    one, two = (store.stage(ref).result(10) for _ in range(2))
-    kept = store.fetch(ref).result(10)
-    blocks = {packed.block.data_ptr() for packed in (one, two, kept)}
-    assert len(blocks) == 3 and torch.equal(one.block, kept.block) and one.sites == two.sites == kept.sites
-    folder = make_folder("broken")
-    overwrite(folder, float("nan"))
-    broken = store.register("broken", folder)
-    assert isinstance(store.stage(broken).exception(10), AdapterError)
-    store.close()
-    assert isinstance(store.stage(ref).exception(10), ShuttingDown)
-
-
-def test_close_fails_staged_copies_that_wait(make_store, make_folder, monkeypatch):
-    go = threading.Event()
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: go.wait(10) and self.clone())
-    store = make_store(pin=True)
-    ref = store.register("a", make_folder("a"), validate=True)
-    futures = [store.stage(ref) for _ in range(2 * fetch_threads())]
-    threading.Timer(0.1, go.set).start()
-    store.close()
-    ended = [f.exception(10) for f in futures]
-    assert None in ended and any(isinstance(e, ShuttingDown) for e in ended)
-
-
-def test_without_pinning_a_staged_copy_is_the_kept_one(make_store, make_folder):
-    store = make_store()
-    ref = store.register("a", make_folder("a"))
-    assert store.stage(ref).result(10) is store.fetch(ref).result(10)
-
-
 def test_many_threads(make_store, make_folder):
     """Every request sees one version's weights, whole, whatever is reloaded meanwhile."""
     store = make_store(max_cpu_loras=2)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from multigraft import Engine, SamplingParams
+from tests.adapters.lazy_stream import stage_lazily
 from tests.engine.peft_cases import CASES, reference_tokens, write_adapter
 from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
 
@@ -161,6 +164,26 @@ def test_prefix_cache_hit_equals_miss(llama: World) -> None:
 @pytest.mark.parametrize("slots", [1, 3])
 def test_fewer_slots_than_adapters(llama: World, slots: int) -> None:
     with llama.engine(max_loras=slots) as engine:
+        llama.check(engine)
+        assert engine.stats().adapter_loads >= len(CASES)
+        check_pools(engine)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands for CUDA")
+def test_adapters_that_arrive_late(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied as on CUDA: part by part, while steps run that do not wait for them."""
+    with llama.engine(max_loras=2) as engine, ThreadPoolExecutor(1) as client:
+        bank, go = engine._engine.parts.bank, threading.Event()
+        stage_lazily(bank, chunks=2, numel=5000)
+        put = bank._put
+        monkeypatch.setattr(bank, "_put", lambda *args: go.wait(30) and put(*args))
+        adapted = client.submit(llama.check, engine)
+        index = NAMES.index(None)
+        (base,) = engine.generate([llama.jobs[index][1]], GREEDY)
+        assert base.completions[0].token_ids == llama.expected[index]
+        assert not adapted.done() and engine.stats().adapter_loads == 0 and engine.stats().slots_used > 0
+        go.set()
+        adapted.result()
         llama.check(engine)
         assert engine.stats().adapter_loads >= len(CASES)
         check_pools(engine)

@@ -13,7 +13,7 @@ import torch
 
 from multigraft.kernels.lora import segmented_lora, segmented_lora_, segmented_lora_backward
 from multigraft.kernels.lora_reference import embedding_lora_
-from multigraft.kernels.tiles import DECODE_ROWS, PREFILL_ROWS, build_tiles, choose_block_m
+from multigraft.kernels.tiles import DECODE_ROWS, HIGH_RANK_ROWS, PREFILL_ROWS, build_tiles, choose_block_m
 
 
 def arguments(case, block_m=DECODE_ROWS):
@@ -166,8 +166,9 @@ def test_overlapping_segments():
 
 
 def test_choice_of_tile_rows():
-    assert choose_block_m(256, 256) == choose_block_m(256, 64) == DECODE_ROWS
-    assert choose_block_m(8192, 64) == PREFILL_ROWS
+    assert choose_block_m(256, 256, 16) == choose_block_m(256, 64, 8) == DECODE_ROWS
+    assert choose_block_m(256, 256, 17) == HIGH_RANK_ROWS
+    assert choose_block_m(8192, 64, 16) == choose_block_m(8192, 64, 128) == PREFILL_ROWS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

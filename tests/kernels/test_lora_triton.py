@@ -9,7 +9,7 @@ from multigraft.kernels import lora_reference, lora_triton, lora_triton_grad
 from multigraft.kernels.tiles import BASE, cut_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-WIDTH = {4: 600, 64: 2100}
+WIDTH = {4: 600, 16: 600, 64: 2100}
 """in_features by rows a tile, so that the columns are split among programs."""
 
 
@@ -19,7 +19,7 @@ def forward(case, y, block_m):
     return y
 
 
-@pytest.mark.parametrize("block_m", [4, 64])
+@pytest.mark.parametrize("block_m", [4, 16, 64])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_forward(mixed_case, dtype, block_m):
     case = mixed_case(dtype, WIDTH[block_m])
@@ -56,7 +56,7 @@ def test_strided_rows(lora_case, device):
     assert wide_y[:, :10].isnan().all() and wide_y[:, 42:].isnan().all()
 
 
-@pytest.mark.parametrize("block_m", [4, 64])
+@pytest.mark.parametrize("block_m", [4, 16, 64])
 def test_input_may_be_the_output(lora_case, block_m, device):
     """ReFT: the residual stream is both."""
     ranks = [[4], [1], [0], [40]]
@@ -121,7 +121,7 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
     assert lora_triton_grad.backward(case.y, case.x, case.arena, work, case.out_features)[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("block_m", [4, 64])
+@pytest.mark.parametrize("block_m", [4, 16, 64])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gated(lora_case, dtype, block_m, device):
     """SwiGLU of gate and up with their adapters' outputs; rows without an adapter get it, too, and y nothing."""
@@ -137,7 +137,8 @@ def test_gated(lora_case, dtype, block_m, device):
         row_slot[first:stop] = slot
     every = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m)).to(device)
     work = lora_triton.Work(case.table, case.scales, case.tiles(block_m), block_m, case.max_rank)
-    z = lora_triton.gated(y, case.x, case.arena, work, every)
+    h = lora_triton.shrink(case.x, case.arena, work, "a", [320])
+    z = lora_triton.gated(y, h, case.arena, work, every)
     assert z.dtype == dtype and torch.equal(y, case.y)
     for row in range(34):
         error = (z[row].double().cpu() - expected[row]).norm()
@@ -145,6 +146,7 @@ def test_gated(lora_case, dtype, block_m, device):
     # The base model's part alone, as in a step whose adapters act elsewhere.
     nothing = case.table.clone()
     nothing[:, :, 2] = 0
-    base = lora_triton.gated(y, case.x, case.arena, work._replace(table=nothing), every, adapted=False)
+    h = lora_triton.unwritten(case.x, work).fill_(torch.nan)
+    base = lora_triton.gated(y, h, case.arena, work._replace(table=nothing), every)
     gate, up = y.double().cpu().chunk(2, dim=1)
     assert (base.double().cpu() - gate * torch.sigmoid(gate) * up).norm() <= TOLERANCE[dtype] * base.double().norm()

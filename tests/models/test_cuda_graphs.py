@@ -36,7 +36,7 @@ def test_padded_sizes_hold_every_row_count():
 
 
 def test_max_tiles_bounds_any_split():
-    assert max_tiles(256, 4) == 6 + 62 and max_tiles(8, 300) == 8
+    assert max_tiles(256, 4, 4) == 6 + 62 and max_tiles(256, 4, 16) == 6 + 15 and max_tiles(8, 300, 4) == 8
 
 
 class Checked:
@@ -74,7 +74,8 @@ class Checked:
 
 
 @on_gpu
-def test_graphs_equal_plain_modules(tmp_path: Path):
+@pytest.mark.parametrize("max_rank", [16, 32])  # either height of decode tiles
+def test_graphs_equal_plain_modules(tmp_path: Path, max_rank: int):
     checkpoint = build_checkpoint(
         tmp_path / "model", "llama", torch.bfloat16, hidden_size=256, head_dim=128, intermediate_size=520
     )
@@ -92,6 +93,7 @@ def test_graphs_equal_plain_modules(tmp_path: Path):
         dtype="bfloat16",
         device="cuda",
         max_loras=4,
+        max_lora_rank=max_rank,
         max_num_seqs=40,
         max_num_batched_tokens=200,
         lora_modules=tuple(f"{name}={path}" for name, path in adapters.items()),

@@ -44,9 +44,9 @@ def layers(part) -> int:
     return 0 if part is None else part.forward + part.backward
 
 
-@pytest.mark.parametrize(("decodes", "want"), [(0, 25), (1, 19), (40, 10), (77, 0), (200, 0)])
+@pytest.mark.parametrize(("decodes", "want"), [(0, 25), (1, 21), (40, 11), (82, 0), (200, 0)])
 def test_parts_fill_the_time_that_the_targets_leave(decodes: int, want: int) -> None:
-    """40 decodes take 40 of 80 ms: ten layers of 4 ms remain. An idle part lasts 100 ms."""
+    """40 decodes take 40 of 85 ms: eleven layers of 4 ms fit. An idle part lasts 100 ms."""
     s = share()
     part = s.grant(batch(decodes), WORK, 0)
     assert layers(part) == want
@@ -54,6 +54,54 @@ def test_parts_fill_the_time_that_the_targets_leave(decodes: int, want: int) -> 
     if part is not None:
         total = Model().predict(StepShape(decode_rows=decodes, train_layers=want))
         assert total <= (HEADROOM * 0.1 if decodes else PROMPT_SHARE * 1.0) + 1e-9
+
+
+def taken(s: TrainingShare, decodes: int, work: TrainWork = WORK, error: float = 1.0) -> float:
+    """Seconds of a step that takes `error` times what is predicted, told to the share."""
+    part = s.grant(batch(decodes), work, 0)
+    shape = StepShape(decode_rows=decodes, train_layers=layers(part))
+    assert Model().predict(shape) <= max(0.1, 1e-3 * decodes) + 1e-9, "more than the target"
+    s.observe(shape, error * Model().predict(shape))
+    return error * Model().predict(shape)
+
+
+@pytest.mark.parametrize("decodes", [2, 40, 70])
+@pytest.mark.parametrize("error", [0.95, 1.0, 1.15])
+def test_steps_take_their_share_of_the_target_on_average(decodes: int, error: float) -> None:
+    """Layers that do not fit are made up for, and so are wrong predictions."""
+    s = share()
+    steps = [taken(s, decodes, error=error) for _ in range(FIRST_FIT - 1)]
+    late = steps[3:]
+    assert sum(late) / len(late) == pytest.approx(HEADROOM * 0.1, abs=0.004 / len(late) + 0.001)
+    assert len(set(steps)) > 1
+
+
+def test_what_the_end_of_a_pass_leaves_goes_to_the_steps_after_it() -> None:
+    """A step of 45 ms leaves 40 of its 85: two of 98 follow, one of 94, and 85 again."""
+    s = share()
+    assert taken(s, 41, TrainWork(rows=100, forward=0, backward=1)) == pytest.approx(0.045)
+    assert [round(1e3 * taken(s, 42)) for _ in range(5)] == [98, 98, 98, 86, 82]
+
+
+def test_a_single_step_is_all_that_is_made_up_for() -> None:
+    s = share()
+    for _ in range(10):
+        taken(s, 300)
+    assert [layers(s.grant(batch(4), WORK, 0)) for _ in range(3)] == [0, 15, 20]
+    s = share()
+    for _ in range(10):
+        taken(s, 1, TrainWork(rows=100, forward=1, backward=0))
+    assert 10 * 0.085 + 0.1 - 0.004 < sum(taken(s, 40) for _ in range(10)) < 10 * 0.085 + 0.1 + 1e-9
+
+
+def test_steps_without_decodes_neither_save_nor_spend() -> None:
+    s = share()
+    taken(s, 300)
+    for _ in range(3):
+        assert layers(s.grant(batch(), WORK, 0)) == layers(s.grant(batch(prompt=3000), WORK, 1)) == 25
+        assert layers(s.grant(batch(), TrainWork(rows=100, forward=1, backward=0), 0)) == 1
+        assert s.grant(batch(4), None, 0) is None
+    assert [layers(s.grant(batch(4), WORK, 0)) for _ in range(3)] == [0, 15, 20]
 
 
 def test_forward_layers_come_first() -> None:
@@ -69,8 +117,10 @@ def test_prompts_and_waiting_requests_bound_it_by_the_first_target() -> None:
 
 
 def test_priority_scales_what_is_left_and_nothing_when_idle() -> None:
-    assert layers(share(train_priority=0.5).grant(batch(decodes=40), WORK, 0)) == 5
-    assert share(train_priority=0.0).grant(batch(decodes=1), WORK, 0) is None
+    s = share(train_priority=0.5)
+    assert [layers(s.grant(batch(decodes=40), WORK, 0)) for _ in range(5)] == [5, 5, 6, 6, 5]  # 22.5 ms each
+    s = share(train_priority=0.0)
+    assert [taken(s, 1, error=0.1) for _ in range(FIRST_FIT - 1)] == [pytest.approx(1e-4)] * (FIRST_FIT - 1)
     assert layers(share(train_priority=0.0).grant(batch(), WORK, 0)) == 25
 
 
@@ -99,7 +149,7 @@ def test_steps_without_training_do_not_make_it_look_free() -> None:
 
 
 def test_passes_that_wait_for_their_launches_and_others_fill_the_same_time() -> None:
-    """Passes of 512 to 8,192 rows by turns on a GPU: parts take 80 ms with all, once all were seen."""
+    """Passes of 512 to 8,192 rows by turns on a GPU: the longest parts fill the target of 100 ms with all of them."""
     rng = random.Random(0)
     s, gpu, decodes = TrainingShare(TrainingConfig()), MadeGpu(rng), batch(20)
     passes = [MadePass(rows) for rows in (512, 3072, 8192)]
@@ -108,13 +158,15 @@ def test_passes_that_wait_for_their_launches_and_others_fill_the_same_time() -> 
         train = passes[i // 20 % 3]
         work = train.work
         part = s.grant(decodes, work, 0)
-        assert part is not None
+        if part is None:  # the steps before took too long
+            s.observe(StepShape.of(decodes), gpu.run(StepShape.of(decodes)))
+            continue
         shape, seconds = train.run(gpu, StepShape.of(decodes), part)
         s.observe(shape, seconds)
         if i >= 400 and part.forward + part.backward < work.forward + work.backward:
             took[train.rows].append(seconds)
     for seconds in took.values():
-        assert statistics.median(seconds) == pytest.approx(HEADROOM * 0.1, rel=0.1)
+        assert statistics.median(seconds) == pytest.approx(0.1, rel=0.1)
 
 
 def test_single_layers_until_the_first_fit() -> None:

@@ -49,6 +49,14 @@ def test_loads_take_time_by_bytes_and_the_second_comes_from_host_memory() -> Non
     assert record.served[2].first == pytest.approx(20.21)
 
 
+def test_with_overlap_copies_share_the_copying_threads() -> None:
+    p = profile(overlap=True, step=0.01, loads=LoadTimes(copy=0.1, copy_per_byte=1e-6))
+    adapters = tuple(Adapter(name=name, nbytes=10**6) for name in "abc")
+    requests = tuple(Arrival(0.0, name, 4, 1) for name in "abc")
+    record = simulate(Workload(name="loads", adapters=adapters, requests=requests), p, p.deployment(max_loras=3))
+    assert [load.seconds for load in record.loads or []] == pytest.approx([1.1, 2.1, 3.1])
+
+
 def test_a_request_that_cannot_be_served_says_why_and_others_go_on() -> None:
     p = profile(step=0.01)
     d = p.deployment(kv_bytes=2**10 * 64, max_model_len=48)
