@@ -23,8 +23,12 @@ from multigraft.twin.workload import LEAST_TOKEN
 
 Timed = tuple[StepShape, float]
 MAX_NEW = 4096
-"""Prompt tokens that a point computes, at most; and no more than fit one step, so that no point takes long."""
+"""Prompt tokens that a point of requests that come together computes, at most; and no more than fit one step, so that
+no point takes long."""
 MAX_OUTPUT = 10
+SPREADS = (0, 0, 2, 8) * 3 + (32,)
+"""Steps over which the requests of a point arrive. Where these are many, as in a server under load, requests stay for
+about as many more steps, and more prompt tokens are computed in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +54,16 @@ def draw_point(rng: Random, adapters: Sequence[Sequence[str]], core: EngineCore)
     """
     parts = core.parts
     page, limit = parts.config.cache.page_size, parts.max_model_len
-    kv_left, new_left = parts.kv_tokens // 2, min(MAX_NEW, parts.config.scheduler.max_num_batched_tokens)
+    spread = rng.choice(SPREADS)
+    kv_left = parts.kv_tokens // 2
+    new_left = min(MAX_NEW, parts.config.scheduler.max_num_batched_tokens) * (1 + spread // 4)
     rows = _log_uniform(rng, 1, parts.config.scheduler.max_num_seqs)
     context = rng.choice([0, _log_uniform(rng, page, limit)])
     new = _log_uniform(rng, 1, limit)
     names = _draw_adapters(rng, adapters, core, rows)
-    spread = rng.choice([0, 0, 2, 8])
     plans = []
     for i in range(rows):
-        output = rng.randrange(2, MAX_OUTPUT)
+        output = rng.randrange(2, MAX_OUTPUT + (spread if spread > MAX_OUTPUT else 0))
         most = limit - output - 1
         mine = min(most, max(1, round(new * rng.uniform(0.5, 1.5))), max(1, new_left))
         before = min(most - mine, round(context * rng.uniform(0.5, 1.5)), max(0, kv_left - mine)) // page * page

@@ -31,6 +31,8 @@ RESOURCES = (
     "adapter memory",
     "adapters in host memory (max_cpu_loras)",
 )
+FIXED = tuple(name for name in FEATURES if name == "step" or name.startswith("has_"))
+"""What a step with prompts, decodes and adapters takes before any token is computed; most steps under load are such."""
 NUM_STEP_TIMES = 8
 SLOWEST_STEPS = 20
 """Without a latency target, steps may take so many times as long as an empty one."""
@@ -67,7 +69,7 @@ class ServerLoads:
         nbytes = [profile.adapter_bytes(d.rank) if d.nbytes is None else d.nbytes for d in demands]
         self._bytes = np.array(nbytes, dtype=float)[:, None]
         self._check_each()
-        self._fixed = sum(self._weights[name] for name in ("step", "has_adapters", "has_prefill"))
+        self._fixed = sum(self._weights[name] for name in FIXED)
         longest = self._longest_step(slo or SLO())
         self.step_times: Array = np.geomspace(min(2 * self._fixed / self._usable, longest), longest, NUM_STEP_TIMES)
         self._linear, self._chances = self._coefficients()
@@ -137,7 +139,8 @@ class ServerLoads:
             + begun * output * w["samples"]
         )
         in_prefill = self._adapted * (w["prefill_adapters"] + nbytes * w["prefill_adapter_bytes"]) + 0 * t
-        in_decode = self._everywhere * (w["decode_adapters"] + nbytes * w["decode_adapter_bytes"]) + 0 * t
+        in_decode = w["decode_adapters"] + w["decode_adapters_with_prefill"] + nbytes * w["decode_adapter_bytes"]
+        in_decode = self._everywhere * in_decode + 0 * t
 
         budget = t * self._usable - self._fixed
         max_rows = np.zeros(len(t))
@@ -191,7 +194,8 @@ class ServerLoads:
     def _row_seconds(self, rows: float) -> float:
         ends = [*ROW_KNOTS[1:], np.inf]
         return sum(
-            self._weights[f"rows_from_{start}"] * max(0.0, min(rows, end) - start)
+            (self._weights[f"rows_from_{start}"] + self._weights[f"rows_with_prefill_from_{start}"])
+            * max(0.0, min(rows, end) - start)
             for start, end in zip(ROW_KNOTS, ends, strict=True)
         )
 

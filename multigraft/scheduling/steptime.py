@@ -108,14 +108,24 @@ class StepShape:
         return shape
 
     def features(self) -> tuple[float, ...]:
-        """In the order of FEATURES. Linear in decode_context, which is all that changes while the same rows decode."""
+        """In the order of FEATURES. Linear in decode_context, which is all that changes while the same rows decode.
+
+        Steps with prompts take other kernels on a GPU than steps that only decode, and so may cost more for all that
+        they do.
+        """
         s = self
         rows = s.prefill_rows + s.decode_rows
+        row_costs = tuple(max(0, min(rows, end) - start) for start, end in _ROW_RANGES)
+        has_prefill = 1.0 if s.prefill_rows else 0.0
+        has_adapters = 1.0 if s.decode_adapted or s.prefill_adapters else 0.0
         return (
             1.0 if rows else 0.0,
-            1.0 if s.prefill_rows else 0.0,
-            1.0 if s.decode_adapted or s.prefill_adapters else 0.0,
-            *(max(0, min(rows, end) - start) for start, end in _ROW_RANGES),
+            has_prefill,
+            has_prefill if s.decode_rows else 0.0,
+            has_adapters,
+            has_adapters * has_prefill,
+            *row_costs,
+            *(row_costs if s.prefill_rows else _NO_ROWS),
             s.prefill_spans,
             s.prefill_attention,
             s.prefill_context,
@@ -127,6 +137,7 @@ class StepShape:
             s.decode_context,
             s.decode_adapted,
             s.decode_adapters,
+            s.decode_adapters * has_prefill,
             s.decode_adapter_bytes,
             s.decode_adapter_work,
             s.samples,
@@ -139,11 +150,15 @@ class StepShape:
 
 
 _ROW_RANGES = tuple(zip(ROW_KNOTS, (*ROW_KNOTS[1:], math.inf), strict=True))
+_NO_ROWS = (0,) * len(_ROW_RANGES)
 FEATURES = (
     "step",
     "has_prefill",
+    "has_prefill_and_decode",
     "has_adapters",
+    "has_adapters_and_prefill",
     *(f"rows_from_{knot}" for knot in ROW_KNOTS),
+    *(f"rows_with_prefill_from_{knot}" for knot in ROW_KNOTS),
     "prefill_spans",
     "prefill_attention",
     "prefill_context",
@@ -155,6 +170,7 @@ FEATURES = (
     "decode_context",
     "decode_adapted",
     "decode_adapters",
+    "decode_adapters_with_prefill",
     "decode_adapter_bytes",
     "decode_adapter_work",
     "samples",

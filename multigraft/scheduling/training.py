@@ -11,7 +11,7 @@ from multigraft.core.config import TrainingConfig
 
 from .steptime import StepShape, StepTimeModel
 
-HEADROOM = 0.85
+HEADROOM = 0.9
 """Share of the time-per-token target that steps with decodes may take on average, one alone the target: predictions
 err, and a request may have more than its share of long steps."""
 PROMPT_SHARE = 0.1

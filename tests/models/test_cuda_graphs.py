@@ -74,12 +74,12 @@ class Checked:
 
 
 @on_gpu
-@pytest.mark.parametrize("max_rank", [16, 32])  # either height of decode tiles
+@pytest.mark.parametrize("max_rank", [16, 64])  # either height of decode tiles
 def test_graphs_equal_plain_modules(tmp_path: Path, max_rank: int):
     checkpoint = build_checkpoint(
         tmp_path / "model", "llama", torch.bfloat16, hidden_size=256, head_dim=128, intermediate_size=520
     )
-    cases = [c for c in CASES if c.name != "ends"]
+    cases = [c for c in CASES if c.name != "ends" and c.config["r"] <= max_rank]
     adapters = {c.name: write_adapter(checkpoint, tmp_path / c.name, c, seed=i) for i, c in enumerate(cases)}
     ends = next(c for c in CASES if c.name == "ends")
     adapters["ends"] = write_adapter(checkpoint, tmp_path / "ends", ends, seed=9)
