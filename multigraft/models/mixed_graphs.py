@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 """Rows to capture. Larger steps keep the GPU busy for longer than their launches take the host."""
-SEGMENTS = 256
-"""Runs of rows with one adapter, or none, that a step may have; with more it is launched kernel by kernel."""
 LONG = 8192
 """Positions from which on a request's attention is worth splitting among processors, which captured steps do not."""
 CAPTURED = tuple(map(frozenset, ((), (SiteKind.LINEAR,), (SiteKind.LINEAR, SiteKind.RESIDUAL))))
@@ -64,6 +62,8 @@ class MixedGraphs:
         self.grafts = grafts
         self.sizes = sorted({min(size, -(-max_rows // SIZES[0]) * SIZES[0]) for size in SIZES})
         self.max_spans = max_spans
+        self._max_segments = max_spans + 2
+        """Runs of rows with one adapter, or none: each request may have its own. Steps with more are not covered."""
         most, device, dtype = self.sizes[-1], attention.kv.k.device, attention.kv.k.dtype
         self._inputs = GraphInputs(
             {
@@ -92,7 +92,7 @@ class MixedGraphs:
             and len(batch.spans) <= self.max_spans
             and not rows.scored
             and rows.positions.max() < LONG
-            and np.count_nonzero(np.diff(rows.slots)) + 2 <= SEGMENTS
+            and np.count_nonzero(np.diff(rows.slots)) + 2 <= self._max_segments
             and self._kinds(batch) is not None
         )
 
@@ -112,7 +112,7 @@ class MixedGraphs:
         return None if kinds is None else next(c for c in CAPTURED if kinds <= c)
 
     def _num_tiles(self, size: int) -> int:
-        return size // PREFILL_ROWS + min(size, SEGMENTS)
+        return size // PREFILL_ROWS + min(size, self._max_segments)
 
     def _num_spans(self, size: int) -> int:
         """Spans of a step of so many rows at most, and rows of its graph that go through the output head."""

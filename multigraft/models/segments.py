@@ -63,18 +63,24 @@ class CudaGrafts:
         return found
 
     def warm_up(self) -> None:
-        """Compile the kernels of the decoder layers for either tile size, so that no request waits for it."""
-        bank = self.bank
-        tiles = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
+        """Compile every kernel of the decoder layers, so that no request waits for it: steps that no graph covers take
+        other ones than the graphs of some sizes."""
+        bank, kernels = self.bank, self._kernels
+        unused = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
         body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
         for site in {(s.in_features, s.out_features): s for s in body}.values():
             x = bank.arena.new_zeros(2, site.in_features)
             y = bank.arena.new_zeros(2, sum(site.out_features))
-            for block_m in (self.decode_rows, PREFILL_ROWS):
-                work = self._work(site, _Tiles(tiles, block_m, [], 1))
-                self._kernels.forward(y, x, bank.arena, work, site.out_features)
+            for block_m, num_tiles in (
+                (self.decode_rows, 1),
+                (self.decode_rows, kernels.MANY_TILES),
+                (PREFILL_ROWS, 1),
+            ):
+                tiles = unused.repeat(num_tiles, 1)
+                work = self._work(site, _Tiles(tiles, block_m, [], num_tiles))
+                kernels.forward(y, x, bank.arena, work, site.out_features)
                 if site.is_gate:
-                    self._kernels.gated(y, self._kernels.unwritten(x, work), bank.arena, work, tiles)
+                    kernels.gated(y, kernels.unwritten(x, work), bank.arena, work, tiles)
 
     def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
         """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.

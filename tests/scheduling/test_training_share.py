@@ -11,11 +11,19 @@ import pytest
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.config import TrainingConfig
 from multigraft.core.request import Request, SamplingParams
+from multigraft.scheduling import training
 from multigraft.scheduling.steptime import StepShape
-from multigraft.scheduling.training import FIRST_FIT, HEADROOM, PROMPT_SHARE, TrainingShare, TrainWork
+from multigraft.scheduling.training import FIRST_FIT, PROMPT_SHARE, TrainingShare, TrainWork
 from tests.scheduling.made_gpu import MadeGpu, MadePass
 
 WORK = TrainWork(rows=100, forward=30, backward=31)
+HEADROOM = 0.85
+
+
+@pytest.fixture(autouse=True)
+def headroom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples below are worked out for this one."""
+    monkeypatch.setattr(training, "HEADROOM", HEADROOM)
 
 
 @dataclass
@@ -129,7 +137,8 @@ def test_an_idle_step_is_granted_a_layer_however_slow() -> None:
 
 
 def test_steps_without_training_do_not_make_it_look_free() -> None:
-    """A decode step of 3 rows takes 30 ms, a layer forward 10 and backward 20: as many as fit into 80 ms."""
+    """A decode step of 3 rows takes 30 ms, a layer forward 10 and backward 20: as many as fit into 85 ms, or into up to
+    100 where the step before left some of them."""
     s = TrainingShare(TrainingConfig())
 
     def serve(steps: int) -> None:
@@ -144,7 +153,7 @@ def test_steps_without_training_do_not_make_it_look_free() -> None:
             s.observe(shape, 0.04 if direction == "train_forward" else 0.05)
     for idle in (0, 1000):
         serve(idle)
-        assert layers(s.grant(batch(decodes=3), WORK, 0)) in (4, 5)
+        assert layers(s.grant(batch(decodes=3), WORK, 0)) in (5, 6, 7)
         assert layers(s.grant(batch(decodes=3), TrainWork(rows=100, forward=0, backward=31), 0)) in (2, 3)
 
 
