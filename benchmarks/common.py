@@ -177,7 +177,7 @@ def until_cut() -> Iterator[None]:
     def cut(*_: object) -> None:
         global _was_cut
         _was_cut = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` signals the process and then its group
         raise _Cut
 
     signal.signal(signal.SIGTERM, cut)

@@ -101,22 +101,27 @@ class CudaGrafts:
             self._head = _Tiles.of(row_slot[head_rows], self.max_rank, self.bank.device)
 
     def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        tiles, where, base = self._tiles(site), self.sites[site], self.train.linears[site].base
+        tiles, where = self._tiles(site), self.sites[site]
         if tiles is None:
-            return base(x)
+            return self.train.linears[site].base(x)
         work = self._work(where, tiles)
-        y, h = side_by_side(partial(base, x), partial(self._shrink, work, x), self._beside)
+        y, h = self._base_and_shrink(site, work, x)
         self._kernels.expand(y, h, self.bank.arena, work, "b", where.out_features)
         return y
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
         assert self._body is not None
-        work, base = self._work(self.sites[site], self._body), self.train.linears[site].base
+        work = self._work(self.sites[site], self._body)
         if self._tiles(site) is None:
-            y, h = base(x), self._kernels.unwritten(x, work)
+            y, h = self.train.linears[site].base(x), self._kernels.unwritten(x, work)
         else:
-            y, h = side_by_side(partial(base, x), partial(self._shrink, work, x), self._beside)
+            y, h = self._base_and_shrink(site, work, x)
         return self._kernels.gated(y, h, self.bank.arena, work, self._body.table)
+
+    def _base_and_shrink(self, site: int, work: Work, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Side by side where rows are few; many keep the GPU's arithmetic busy in either."""
+        beside = None if work.block_m == PREFILL_ROWS else self._beside
+        return side_by_side(partial(self.train.linears[site].base, x), partial(self._shrink, work, x), beside)
 
     def _shrink(self, work: Work, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.shrink(x, self.bank.arena, work, "a", [x.shape[1]])
