@@ -1,4 +1,5 @@
-"""How long adapters take to the device, and how much reading them and running steps slow each other down."""
+"""How long adapters take to the device, and how much reading them and running steps slow each other and themselves
+down."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from threading import Thread
 
+from multigraft.core.config import fetch_threads
 from multigraft.core.region import Scope
 from multigraft.core.request import AdapterRef
 from multigraft.engine.core import EngineCore
@@ -17,6 +19,8 @@ from .points import Plan, PointRunner
 EACH = 3
 """Adapters of each rank that are loaded."""
 QUIET_POINTS = 3
+ROUNDS = 3
+"""Adapters that each thread reads when all do."""
 
 
 def measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]]) -> LoadTimes:
@@ -31,6 +35,7 @@ def measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequenc
         copies.append((ref.nbytes, counters.adapter_load_seconds - before))
     alone = [(ref.nbytes, seconds) for ref, seconds in _read(core, _new(core, chosen))]
     (fetch, fetch_per_byte), (copy, copy_per_byte) = _line(alone), _line(copies)
+    read_sharing = _sharing(core, names[0])
     step_slowdown, read_slowdown = _slowdowns(core, runner, chosen, sum(seconds for _, seconds in alone))
     return LoadTimes(
         fetch=fetch,
@@ -39,6 +44,7 @@ def measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequenc
         copy_per_byte=copy_per_byte,
         step_slowdown=step_slowdown,
         read_slowdown=read_slowdown,
+        read_sharing=read_sharing,
     )
 
 
@@ -57,6 +63,25 @@ def _read(core: EngineCore, refs: Sequence[AdapterRef]) -> Iterator[tuple[Adapte
         seconds = time.perf_counter() - start
         yield ref, seconds
         store.release(ref)
+
+
+def _sharing(core: EngineCore, names: Sequence[str]) -> float:
+    """read_sharing of LoadTimes, from adapters of one size that are read by all threads at once, and one by one."""
+    store, num_threads = core.parts.store, min(fetch_threads(), len(names))
+    if num_threads == 1:
+        return 0.0
+    rounds = min(ROUNDS, len(names) // num_threads)
+    alone = statistics.mean(seconds for _, seconds in _read(core, _new(core, names[:num_threads])))
+    refs = _new(core, names[: rounds * num_threads])
+    for ref in refs:
+        store.acquire(ref)
+    start = time.perf_counter()
+    for fetched in [store.fetch(ref) for ref in refs]:
+        fetched.result()
+    together = (time.perf_counter() - start) / rounds
+    for ref in refs:
+        store.release(ref)
+    return max(0.0, together / alone - 1) / (num_threads - 1)
 
 
 def _slowdowns(

@@ -25,7 +25,8 @@ class HostMemory:
     """At most max_cpu_loras adapters, least recently fetched leaving first; those that requests hold stay.
 
     Reads and steps share the processor's cores: beside n reads a step takes 1 + step_slowdown * n times as long, and
-    beside a step a read 1 + read_slowdown times. So time passes here: see `step` and `idle`.
+    beside a step a read 1 + read_slowdown times. Reads share the memory among themselves: n of them take
+    1 + read_sharing * (n - 1) times as long. So time passes here: see `step` and `idle`.
     """
 
     def __init__(self, max_cpu_loras: int, times: LoadTimes, num_threads: int):
@@ -87,11 +88,17 @@ class HostMemory:
         return now if self.done else now + self._first() if self._reads else float("inf")
 
     def _first(self) -> float:
-        return min(read.left for read in self._reads[: self.num_threads])
+        """Seconds until the first read is done."""
+        return min(read.left for read in self._reads[: self.num_threads]) * self._pace()
+
+    def _pace(self) -> float:
+        """By how much the reads under way are longer than alone."""
+        return 1 + self.times.read_sharing * (len(self._reads[: self.num_threads]) - 1)
 
     def _read(self, seconds: float) -> None:
+        done = seconds / self._pace()
         for read in self._reads[: self.num_threads]:
-            read.left -= seconds
+            read.left -= done
             if read.left < INSTANT:
                 self.done.append((read.move, read.start))
         self._reads = [read for read in self._reads if read.left >= INSTANT]

@@ -32,6 +32,8 @@ class LoadTimes:
     """By what share of itself a step takes longer for each adapter that is read from disk beside it."""
     read_slowdown: float = 0.0
     """And reading one beside a step."""
+    read_sharing: float = 0.0
+    """And for each other one that is read at the same time: memory and locks are shared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

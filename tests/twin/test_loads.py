@@ -40,6 +40,18 @@ def test_reads_wait_for_a_thread_and_what_is_in_memory_comes_at_once() -> None:
     assert [m.ref.uid for m, _ in host.done] == [1]
 
 
+def test_reads_share_the_memory() -> None:
+    host = HostMemory(10, LoadTimes(fetch=1.0, read_sharing=0.5), num_threads=3)
+    for uid in (1, 2):
+        host.fetch(move(uid), 0.0)
+    assert host.next_done(0.0) == 1.5
+    assert host.idle(0.0, 0.75) == 0.75, "half of both"
+    host.fetch(move(3), 0.75)
+    assert host.next_done(0.75) == 1.75, "half a second at half speed"
+    assert host.step(0.75, 2.5) == 3.25
+    assert [m.ref.uid for m, _ in host.done] == [1, 2, 3]
+
+
 def test_slow_spells_are_left_out_but_never_most() -> None:
     disturbed = [1.0, 1.05, 1.0, 1.3, 1.0, 1.5, 1.02]
     counted = [True, True, True, False, True, False, True]

@@ -1,0 +1,112 @@
+"""The twin of today against measurements that were kept: how a change of its models would have done on a GPU run.
+
+A folder has what a run of twin_accuracy left: profile.json, points.jsonl.gz (what the profile was fit to) and
+measured.json (its line of results). Simulates the same workloads three times: with the profile as it was; with the
+step-time model of today fit to the same points; and with reads that share the memory besides (--read-sharing), which
+those profiles were made too early for. Errors are relative to the measurement. No model and no GPU needed.
+
+    python -m benchmarks.twin_again benchmarks/results/twin_h200/a benchmarks/results/twin_h200/b
+        --data DATA_FOLDER --read-sharing 0.35 [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import finish
+from benchmarks.twin_accuracy import GOALS, capacity_of, deployment, workloads
+from multigraft.calibration.speed import calm
+from multigraft.core.config import EngineConfig, TrainingConfig
+from multigraft.engine.offline import make_config
+from multigraft.scheduling.steptime import StepShape, StepTimeModel
+from multigraft.twin.profile import Profile
+from multigraft.twin.report import report
+from multigraft.twin.simulate import simulate
+
+SECONDS, MICROBATCH = 6.0, 1024
+"""Of the runs that were kept; the flags of their engine are in `as_measured`."""
+
+
+def as_measured() -> EngineConfig:
+    config = make_config(
+        "random-8b",
+        device="cpu",
+        kv_cache_gib=8,
+        adapter_memory_gib=6,
+        max_loras=32,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+    )
+    return replace(config, training=TrainingConfig(train_memory_gib=8))
+
+
+def fit_again(points: Path) -> StepTimeModel:
+    """As calibrate fits it: to the points during which the machine was not disturbed."""
+    with gzip.open(points, "rt") as file:
+        found = [json.loads(line) for line in file]
+    steps = [
+        step
+        for point, counted in zip(found, calm([tuple(point["probe"]) for point in found]), strict=True)
+        for step in point["steps"]
+        if counted
+    ]
+    seconds = [step.pop("seconds") for step in steps]
+    return StepTimeModel.fit([StepShape(**step) for step in steps], seconds)
+
+
+def rows_of(folder: Path, data: Path | None, read_sharing: float) -> Iterator[dict[str, Any]]:
+    config, then = as_measured(), Profile.load(folder / "profile.json")
+    measured = json.loads((folder / "measured.json").read_text())["rows"]
+    today = replace(then, steps=fit_again(folder / "points.jsonl.gz"))
+    twins = {"then": then, "today": today}
+    if read_sharing:
+        twins["shared reads"] = replace(today, loads=replace(today.loads, read_sharing=read_sharing))
+    named = {w.name: w for w in workloads(SECONDS, capacity_of(then, config), data, MICROBATCH)}
+    for was in measured:
+        workload = named[was["workload"]]
+        if len(workload.requests) != was["requests"]:
+            raise SystemExit(f"{workload.name} has {len(workload.requests)} requests, measured were {was['requests']}")
+        sizes = {a.rank: then.adapter_bytes(a.rank) for a in workload.adapters}
+        workload = replace(workload, adapters=tuple(replace(a, nbytes=sizes[a.rank]) for a in workload.adapters))
+        for name, profile in twins.items():
+            again = report(simulate(workload, profile, deployment(profile, config)))
+            found = {"throughput": again.throughput, "ttft.mean": again.ttft.mean, "itl.mean": again.itl.mean}
+            errors = {f"{goal}_error": found[goal] / was[goal] - 1 for goal in GOALS}
+            yield {"run": folder.name, "workload": workload.name, "twin": name, **errors}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("run", "workload", "twin", *GOALS)
+    for row in rows:
+        table.add_row(row["run"], row["workload"], row["twin"], *(f"{row[f'{goal}_error']:+.1%}" for goal in GOALS))
+    for name in dict.fromkeys(row["twin"] for row in rows):
+        for title, of in (("mean", statistics.mean), ("worst", max)):
+            errors = [of(abs(r[f"{goal}_error"]) for r in rows if r["twin"] == name) for goal in GOALS]
+            table.add_row("all", title, name, *(f"{error:.1%}" for error in errors))
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--data", type=Path, help="holds servegen-m-small, as it did when they were measured")
+    parser.add_argument("--read-sharing", type=float, default=0.0, help="see twin.profile.LoadTimes")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    rows = [row for folder in args.folders for row in rows_of(folder, args.data, args.read_sharing)]
+    show(rows)
+    finish("twin_again", {"read_sharing": args.read_sharing}, rows, save=args.save)
+
+
+if __name__ == "__main__":
+    main()
