@@ -58,7 +58,7 @@ LOGGED = {
     "model": "8b",
     "size": 2,
     "adapters": 4,
-    "fused": False,  # that version had no expand inside SwiGLU,
+    "fused": False,  # that version had no expand inside SwiGLU
     "beside": False,  # and shrink waited for the product
     "rows": [
         {"placement": placement, "rank": rank, "batch": batch, "step_ms": ms}
@@ -164,8 +164,8 @@ def validate(folder: Path) -> list[dict[str, Any]]:
     shrink waited for the base product.
 
     added: to the base of its run, so without that one's own error. Whatever an adapted step does beyond the base's
-    takes time, so a run in which one is faster than the base's is `disturbed`: something else held that up. There the base
-    is the fastest of the runs that are not.
+    takes time, so a run in which one is faster than the base's is `disturbed`: something else held that up. There the
+    base is the fastest of the runs that are not.
     """
     rows: list[dict[str, Any]] = []
     parts: dict[str, Parts] = {}
