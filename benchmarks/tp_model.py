@@ -2,26 +2,28 @@
 
 A step is the sum of its parts, each from a measurement, or from what the table of sources names instead:
 
-- Base products: a launch each, weights read once at the card's bandwidth, and a time for each row; from about 600 rows
-  on, arithmetic at the measured rate. Every rank has 1/T of them.
+- Base products: weights read once, and a time for each row, as measured for a whole layer on one GPU, launches in the
+  bytes; from about 600 rows on, arithmetic at the measured rate. Every rank has 1/T of them.
 - Attention: a launch, and keys and values read once; key/value heads are repeated where T exceeds them.
 - All else in a layer (norms, rotation, SwiGLU, cache writes): launches, and bytes of rows, of which the split features'
   share falls with T and the residual stream's does not.
 - Collectives: two all-reduces a layer and one of the embedding, an all-gather of the logits, a small broadcast.
 - Adapters: launches (two kernels a site, and one at gate/up, where expand is inside SwiGLU), and bytes: factors of the
   adapters in use once, x once, y twice. Block-diagonal has 1/T of the matched rank on each GPU, replicated all ranks of
-  one factor, s-lora 1/T of both factors.
+  one factor, s-lora 1/T of both factors. Decode steps shrink beside the base product, which spares a fixed time a
+  site: the mean of what it spared in the measured layers, at any rank, batch and T.
 - s-lora besides: the product with A gathered (q/k/v, gate/up) or summed (o, down) in float32 at every site; small
-  kernels that add up shrink's splits and lay the gathered product out; no expand inside SwiGLU.
+  kernels that add up shrink's splits and lay the gathered product out; no expand inside SwiGLU, no shrink beside.
 
-Assumed: nothing overlaps but what overlapped when it was measured; the host is never what a step waits for; launches
+Assumed: nothing else overlaps but what did when it was measured; the host is never what a step waits for; launches
 take as long on all cards, bytes scale with the datasheets' memory bandwidths and arithmetic with their peaks; ranks
 arrive at a collective together; collectives in a step take as long as alone. Whatever a real step adds to these
 belongs to the base, so that the placements' differences are overstated in relation to it, not in milliseconds.
 
 Printed: the constants with their sources; predictions for every measured row (docs/log.md's, and results/tp.jsonl, if
-there) beside it; the projection; s-lora against block-diagonal beside the published factors. Drawn: speed of each
-placement, of the base's, against the batch. Measurements found in results/ (tp_collectives, lora_kernels of kinds "tp"
+there) beside it, also with a shrink that waits for the base product, as engines before 24acf5d had it (lines do not say
+which); the projection; s-lora against block-diagonal beside the published factors. Drawn: speed of each placement, of
+the base's, against the batch. Measurements found in results/ (tp_collectives of more GPUs, lora_kernels of kinds "tp"
 and "gemm") take the place of the stand-ins by themselves.
 
     python -m benchmarks.tp_model [--gpu H200] [--save]
@@ -31,8 +33,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,6 +59,7 @@ LOGGED = {
     "size": 2,
     "adapters": 4,
     "fused": False,  # that version had no expand inside SwiGLU
+    "beside": False,  # and shrink waited for the product
     "rows": [
         {"placement": placement, "rank": rank, "batch": batch, "step_ms": ms}
         for placement, rank, times in (
@@ -85,6 +88,8 @@ class Step:
     """Tokens that a decoded row attends to."""
     fused: bool = True
     """Whether expand is inside SwiGLU."""
+    beside: bool = True
+    """Whether decode steps shrink beside the base product."""
 
     @property
     def sampled(self) -> int:
@@ -131,43 +136,75 @@ class Step:
             else:
                 rank_a = rank / size
                 exchange = parts.collective("all_gather", nbytes, size) + 2 * parts.small_kernel
-        nbytes, flops = lora_sizes(n_in, outs, rank_a, rank_b, min(self.adapters, self.sampled), self.rows)
-        kernels = 2
-        if self.fused and site == "gate_up" and placement != "s-lora":  # the base's SwiGLU passes over y anyway
-            kernels, nbytes = 1, nbytes - 4 * self.rows * sum(outs)
-        return (parts.adapters_prefill if self.prompt else parts.adapters).us(kernels, nbytes, flops), exchange
+        in_swiglu = self.fused and site == "gate_up" and placement != "s-lora"
+        num = min(self.adapters, self.sampled)
+        sizes = lora_sizes(n_in, outs, rank_a, rank_b, num, self.rows, in_swiglu=in_swiglu)
+        if self.prompt:
+            return parts.adapters_prefill.us(*sizes), exchange
+        spared = parts.spared if self.beside and placement != "s-lora" else 0.0
+        return parts.adapters.us(*sizes) - spared, exchange
 
 
 def config_of(model: str, layers: int | None = None) -> Any:
     return transformers.LlamaConfig(**MODELS[model] | ({"num_hidden_layers": layers} if layers else {}))
 
 
+def runs(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Measured lines, by run: a line of the base begins one."""
+    found = [(LOGGED["source"], [LOGGED])]
+    for line in read_lines(folder, "tp"):
+        if len(found) == 1 or line["rows"][0]["placement"] == "base":
+            found.append((f"tp.jsonl, run {len(found)}, {line['date']}", []))
+        found[-1][1].append(line)
+    return found
+
+
 def validate(folder: Path) -> list[dict[str, Any]]:
-    """Predicted and measured ms of every measured row, for the card that it was measured on; `added`: to the base's,
-    whose own error is not in there."""
+    """Predicted and measured ms of every measured row, for the card that it was measured on; waiting_ms: predicted, had
+    shrink waited for the base product.
+
+    added: to the base of its run, so without that one's own error. Whatever an adapted step does beyond the base's
+    takes time, so a run in which one is faster than the base's is `disturbed`: something else held that up. There the
+    base is the fastest of the runs that are not.
+    """
     rows: list[dict[str, Any]] = []
     parts: dict[str, Parts] = {}
-    for line in [LOGGED, *read_lines(folder, "tp")]:
-        gpu = known_gpu(line)
-        fixed = {"config": config_of(line["model"], line.get("layers")), "size": line["size"]}
-        fixed |= {"adapters": line["adapters"], "fused": line.get("fused", True)}
-        fixed |= {"parts": parts.setdefault(gpu, Parts(gpu, folder))}
-        for row in line["rows"]:
-            steps = {"decode": (Step(rows=max(2, row["batch"]), **fixed), row["step_ms"])}
-            if row["batch"] * PROMPT >= 4096 and "prompts_ms" in row:  # with fewer, launches are what it waits for
-                steps["prompts"] = (Step(rows=row["batch"] * PROMPT, prompt=PROMPT, **fixed), row["prompts_ms"])
-            for kind, (step, measured) in steps.items():
-                named = {"source": line.get("source") or f"tp.jsonl, {line['date']}", "gpu": gpu}
-                named |= {"gpus": line["size"], "model": line["model"], "layers": line.get("layers"), "step": kind}
-                named |= {k: row[k] for k in ("placement", "rank", "batch")}
-                ms = step.ms(row["placement"], row["rank"] or 0)
-                rows.append(named | {"predicted_ms": ms, "measured_ms": measured, "error": ms / measured - 1})
-    for row in rows:
-        alike = ("source", "gpu", "gpus", "model", "layers", "step", "batch")
-        base = next((r for r in rows if r["placement"] == "base" and all(r[k] == row[k] for k in alike)), row)
-        if base is not row:
-            row |= {f"added_{k}": row[k] - base[k] for k in ("predicted_ms", "measured_ms")}
+    for source, lines in runs(folder):
+        mine = [row for line in lines for row in compared(line, parts, folder)]
+        decode = [row for row in mine if row["step"] == "decode"]
+        base = {setting(row): row["measured_ms"] for row in decode if row["placement"] == "base"}
+        disturbed = any(row["measured_ms"] < base.get(setting(row), 0.0) for row in decode)
+        rows += [{"source": source, "disturbed": disturbed, **row} for row in mine]
+    quiet = [row for row in rows if row["placement"] == "base" and not row["disturbed"]]
+    for row in (row for row in rows if row["placement"] != "base"):
+        bases = [b for b in quiet if setting(b) == setting(row) and (row["disturbed"] or b["source"] == row["source"])]
+        if bases:
+            fastest = min(bases, key=lambda b: b["measured_ms"])
+            row |= {f"added_{k}": row[k] - fastest[k] for k in ("predicted_ms", "measured_ms")}
+            row["of_base"] = fastest["measured_ms"] / row["measured_ms"]
     return rows
+
+
+def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Rows that are alike in it differ in their adapters alone."""
+    return tuple(row[k] for k in ("gpu", "gpus", "model", "layers", "step", "batch"))
+
+
+def compared(line: dict[str, Any], parts: dict[str, Parts], folder: Path) -> Iterator[dict[str, Any]]:
+    gpu, layers = known_gpu(line), line.get("layers") or MODELS[line["model"]]["num_hidden_layers"]
+    fixed = {"config": config_of(line["model"], layers), "size": line["size"], "adapters": line["adapters"]}
+    fixed |= {k: line.get(k, True) for k in ("fused", "beside")} | {"parts": parts.setdefault(gpu, Parts(gpu, folder))}
+    for row in line["rows"]:
+        steps = {"decode": (Step(rows=max(2, row["batch"]), **fixed), row["step_ms"])}
+        if row["batch"] * PROMPT >= 2048 and "prompts_ms" in row:  # with fewer, the host is what it waits for
+            steps["prompts"] = (Step(rows=row["batch"] * PROMPT, prompt=PROMPT, **fixed), row["prompts_ms"])
+        for kind, (step, measured) in steps.items():
+            of = (row["placement"], row["rank"] or 0)
+            ms, waiting = step.ms(*of), replace(step, beside=False).ms(*of)
+            named = {"gpu": gpu, "gpus": line["size"], "model": line["model"], "layers": layers, "step": kind}
+            named |= {k: row[k] for k in ("placement", "rank", "batch")}
+            times = {"predicted_ms": ms, "waiting_ms": waiting, "measured_ms": measured}
+            yield named | times | {"error": ms / measured - 1, "waiting_error": waiting / measured - 1}
 
 
 def project(parts: Parts, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -190,22 +227,25 @@ def project(parts: Parts, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(parts: Parts, checks: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    console = Console(width=120)
+    console = Console(width=150)
     table = Table("part", "source", "measured", title=f"Constants, for {parts.gpu}")
     for what, where, measured in parts.sources:
         table.add_row(what, where, "yes" if measured else "NO")
     console.print(table)
-    for source in dict.fromkeys(r["source"] for r in checks):
-        names = ("GPUs", "model", "step", "placement", "rank", "batch", "predicted ms", "measured", "error")
-        table = Table(*names, "added, predicted", "measured", title=f"Against measurements of {source}")
+    for source, disturbed in dict.fromkeys((r["source"], r["disturbed"]) for r in checks):
+        names = ("GPUs", "model", "step", "placement", "rank", "batch", "predicted", "shrink waits", "measured")
+        note = "; disturbed: added to, and share of, another run's base" * disturbed
+        table = Table(*names, "error", "added, predicted", "measured", "of base", title=f"ms of {source}{note}")
         mine = [r for r in checks if r["source"] == source]
         for r in mine:
             cells = [f"{r['gpus']} {r['gpu']}", r["model"], r["step"], r["placement"], str(r["rank"] or "-")]
-            cells += [str(r["batch"]), f"{r['predicted_ms']:.2f}", f"{r['measured_ms']:.2f}", f"{r['error']:+.0%}"]
-            added = [f"{r[k]:.2f}" for k in ("added_predicted_ms", "added_measured_ms") if k in r]
-            table.add_row(*cells, *(added or "--"))
+            cells += [str(r["batch"]), *(f"{r[f'{k}_ms']:.2f}" for k in ("predicted", "waiting", "measured"))]
+            added = [f"{r[k]:.2f}" for k in ("added_predicted_ms", "added_measured_ms", "of_base") if k in r]
+            table.add_row(*cells, f"{r['error']:+.0%}", *(added or "---"))
         console.print(table)
-        console.print(f"Mean error, without its sign: {mean(abs(r['error']) for r in mine):.0%}")
+        for step in dict.fromkeys(r["step"] for r in mine):
+            off = [mean(abs(r[k]) for r in mine if r["step"] == step) for k in ("error", "waiting_error")]
+            console.print(f"{step}: mean error, without its sign {off[0]:.0%}; had shrink waited {off[1]:.0%}")
     for model, size in dict.fromkeys((r["model"], r["gpus"]) for r in rows):
         title = f"{model} on {size} {parts.gpu}: speed, of the base's"
         table = Table("rank", "BD rank", "batch", "base ms", *PLACEMENTS[1:], "s-lora / BD", title=title)

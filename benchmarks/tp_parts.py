@@ -1,7 +1,8 @@
 """What the parts of a tensor-parallel step cost, for tp_model.py: read from results/, or from a named stand-in.
 
 Kernels cost a time for each launch, for each byte and for each operation, fitted to times measured at Llama-3.1-8B's
-shapes. Collectives are interpolated between measured sizes.
+shapes. Collectives are interpolated between measured sizes; for more GPUs than were measured, NCCL's cost model takes
+what it is off by for two.
 """
 
 from __future__ import annotations
@@ -94,11 +95,14 @@ WHOLE_8B = Layer(transformers.LlamaConfig(**LLAMA_8B), 1)
 
 
 def lora_sizes(
-    n_in: int, outs: Sequence[int], rank_a: float, rank_b: float, num: int, rows: int
-) -> tuple[float, float]:
-    """(bytes, operations) of shrink and expand: rank_a rows of A for each member, rank_b of B on its outputs."""
+    n_in: int, outs: Sequence[int], rank_a: float, rank_b: float, num: int, rows: int, *, in_swiglu: bool = False
+) -> tuple[int, float, float]:
+    """(kernels, bytes, operations) of shrink and expand: rank_a rows of A for each member, rank_b of B on its outputs.
+
+    in_swiglu: expand is inside SwiGLU, which is launched and passes over y for the base anyway."""
     a, b = rank_a * n_in * len(outs), rank_b * sum(outs)
-    return 2 * (num * (a + b) + rows * (n_in + 2 * sum(outs))), 2 * rows * (a + b)
+    kernels, y = (1, 0) if in_swiglu else (2, 2 * sum(outs))
+    return kernels, 2 * (num * (a + b) + rows * (n_in + y)), 2 * rows * (a + b)
 
 
 def known_gpu(line: dict[str, Any]) -> str | None:
@@ -132,13 +136,21 @@ class Parts:
 
     def __post_init__(self) -> None:
         lines = read_lines(self.folder, "lora_kernels")
-        self._gemm, self._gemm_rate = self._read_gemm(newest(lines, lambda row: row["kind"] == "gemm"))
-        decode = newest(lines, lambda row: row["kind"] in ("decode", "tp") and row["block_m"] == 4)
-        prefill = newest(lines, lambda row: row["kind"] == "prefill")
-        assert prefill, f"{self.folder} has no lora_kernels.jsonl with rows of kind prefill"
-        self.adapters = self._read_adapters(decode) if decode else self._logged_adapters()
-        self.adapters_prefill = self._read_adapters(prefill)
+        kinds = (("gemm",), ("layer",), ("decode", "tp"), ("prefill",))
+        gemm, layers, decode, prefill = (newest(lines, lambda row, k=k: row["kind"] in k) for k in kinds)
+        needed = {"layer": layers, "decode": decode, "prefill": prefill}
+        assert all(needed.values()), f"{self.folder}/lora_kernels.jsonl must have rows of each kind of {list(needed)}"
         self._read_others()
+        self._gemm = self._read_gemm(gemm) if gemm else self._read_layers(layers)
+        self._gemm_rate = self._read_gemm_rate(gemm)
+        self.adapters = self._read_adapters(decode, layers)
+        self.adapters_prefill = self._read_adapters(prefill)
+        # us of a site that shrink beside the base product spares a decode step
+        spared = [row["serial_us"] - row["us"] for row in layers["rows"]]
+        self.spared = sum(spared) / len(spared) / len(SITES)
+        what = f"{len(SITES) * self.spared:.1f} us a layer ({min(spared):.1f} to {max(spared):.1f})"
+        where = f"lora_kernels.jsonl, layer, {layers['date']} ({known_gpu(layers)})"
+        self._note("shrink beside the product spares", f"{what}: mean of {where}")
         self._collectives: dict[int, dict[str, tuple[list[float], list[float]]]] = {}
         self._read_collectives()
 
@@ -147,46 +159,56 @@ class Parts:
 
     # Sources -------------------------------------------------------------------------------------------------------
 
-    def _read_gemm(self, line: dict[str, Any] | None) -> tuple[Cost, float]:
-        """(cost of up to a few hundred rows, us an operation of thousands)"""
-        if line is None:
-            n = sum(n_in * n_out for n_in, n_out in linear_shapes(WHOLE_8B.config).values())
-            a_row = (208 - 2e6 * n / BASE_BYTES_PER_S) / 256
-            self._note("base products, bytes", "3.0 TB/s (H100): what docs/log.md counts floors with", False)
-            self._note("base products, rows", "208 us a layer of 256 rows: docs/log.md, GPU second round (H100)")
-            self._note("base products, prefill", "738 TFLOP/s: docs/log.md, GPU second round (H100)")
-            cost = Cost(0.0, 1e6 / BASE_BYTES_PER_S, a_row / (2 * n)).scaled("H100", self.gpu)
-            return cost, 1e6 / 738e12 * COMPUTE["H100"] / COMPUTE[self.gpu]
-        of, features, times, rates = known_gpu(line), [], [], []
-        for row in line["rows"]:
+    def _read_gemm(self, line: dict[str, Any]) -> Cost:
+        """Of up to a few hundred rows."""
+        of, features, times = known_gpu(line), [], []
+        for row in (row for row in line["rows"] if row["rows"] <= 256):
             n_in, outs = Layer(WHOLE_8B.config, row["num_ranks"]).site(row["site"])
-            flops = 2 * row["rows"] * n_in * sum(outs)
-            if row["rows"] <= 256:
-                features.append((1, 2 * n_in * sum(outs), flops))
-                times.append(row["us"])
-            else:
-                rates.append(row["us"] / flops)
+            features.append((1, 2 * n_in * sum(outs), 2 * row["rows"] * n_in * sum(outs)))
+            times.append(row["us"])
         self._note("base products", f"lora_kernels.jsonl, gemm, {line['date']} ({of})")
-        rate = float(np.median(rates)) * COMPUTE[of] / COMPUTE[self.gpu]
-        return Cost.fit(features, times).scaled(of, self.gpu), rate
+        return Cost.fit(features, times).scaled(of, self.gpu)
 
-    def _logged_adapters(self) -> Cost:
-        """Of a layer's four sites, 64 and 256 adapters of rank 8, 256 rows."""
-        sizes = [sum(lora_sizes(*WHOLE_8B.site(site), 8, 8, n, 256)[0] for site in SITES) for n in (64, 256)]
-        self._note("adapters", "85 and 174 us a layer of 256 rows: docs/log.md, GPU second round (H100)")
-        self._note("adapters, arithmetic", "none logged since block sizes changed: taken as 0", False)
-        return Cost.fit([(8, nbytes, 0) for nbytes in sizes], (85, 174)).scaled("H100", self.gpu)
+    def _read_layers(self, line: dict[str, Any]) -> Cost:
+        """As _read_gemm, from whole layers' products and SwiGLU: weights of one size, so launches are in the bytes."""
+        of, features, times = known_gpu(line), [], []
+        weights = sum(n_in * n_out for n_in, n_out in linear_shapes(WHOLE_8B.config).values())
+        for row in line["rows"]:
+            swiglu = 6 * row["rows"] * WHOLE_8B.config.intermediate_size
+            features.append((0, 2 * weights + swiglu, 2 * row["rows"] * weights))
+            times.append(row["base_us"] - self.small_kernel)
+        cost = Cost.fit(features, times)
+        self._note("base products", f"{1e-6 / cost.byte:.1f} TB/s: lora_kernels.jsonl, layer, {line['date']} ({of})")
+        return cost.scaled(of, self.gpu)
 
-    def _read_adapters(self, line: dict[str, Any]) -> Cost:
+    def _read_gemm_rate(self, line: dict[str, Any] | None) -> float:
+        """us an operation of thousands of rows."""
+        if line is None:
+            self._note("base products, prefill", "738 TFLOP/s: docs/log.md, GPU second round (H100)")
+            return 1e6 / 738e12 * COMPUTE["H100"] / COMPUTE[self.gpu]
+        rates = []
+        for row in (row for row in line["rows"] if row["rows"] > 256):
+            n_in, outs = Layer(WHOLE_8B.config, row["num_ranks"]).site(row["site"])
+            rates.append(row["us"] / (2 * row["rows"] * n_in * sum(outs)))
+        return float(np.median(rates)) * COMPUTE[known_gpu(line)] / COMPUTE[self.gpu]
+
+    def _read_adapters(self, line: dict[str, Any], layers: dict[str, Any] | None = None) -> Cost:
+        """Of kernels that wait for one another. layers: of the same card; each of its rows counts as its four sites."""
         features, times = [], []
         for row in (row for row in line["rows"] if isinstance(row["rank"], int)):
-            n_in, outs = Layer(WHOLE_8B.config, row.get("num_ranks", 1)).site(row["site"])
+            site = Layer(WHOLE_8B.config, row.get("num_ranks", 1)).site(row["site"])
             rows = row.get("rows", 8192 if row["kind"] == "prefill" else 256)
-            features.append((2, *lora_sizes(n_in, outs, row["rank"], row["rank"], row["adapters"], rows)))
+            features.append(lora_sizes(*site, row["rank"], row["rank"], row["adapters"], rows))
             times.append(row["us"])
+        for row in layers["rows"] if layers else ():
+            of_row = (row["rank"], row["rank"], row["adapters"], row["rows"])
+            sizes = [lora_sizes(*WHOLE_8B.site(s), *of_row, in_swiglu=s == "gate_up") for s in SITES]
+            features += len(SITES) * [tuple(map(sum, zip(*sizes, strict=True)))]
+            times += len(SITES) * [row["serial_us"]]
         cost, of = Cost.fit(features, times), known_gpu(line)
+        assert layers is None or known_gpu(layers) == of, "layers and decode kernels were timed on unlike cards"
         off = np.median([abs(cost.us(*f) / us - 1) for f, us in zip(features, times, strict=True)])
-        kinds = " and ".join(sorted({row["kind"] for row in line["rows"]}))
+        kinds = " and ".join(sorted({row["kind"] for row in line["rows"]}) + ["layer"] * bool(layers))
         self._note(f"adapters, {kinds}", f"lora_kernels.jsonl, {line['date']} ({of}); fits to {off:.0%} (median)")
         return cost.scaled(of, self.gpu)
 
@@ -216,6 +238,7 @@ class Parts:
             self._note(f"collectives of {line['size']}", f"tp_collectives.jsonl, {line['date']} ({line['machine']})")
         if left := [str(size) for size in (2, 4, 8) if size not in self._collectives]:
             where = f"NCCL's own cost model of rings, {WIRE[self.gpu] / 1e9:.0f} GB/s, no NVLink multicast"
+            where += "; times what it is off at 2" * (2 in self._collectives)
             self._note(f"collectives of {', '.join(left)}", where, False)
 
     # Costs ---------------------------------------------------------------------------------------------------------
@@ -228,10 +251,14 @@ class Parts:
     def collective(self, kind: str, nbytes: float, size: int) -> float:
         """us. nbytes: of the sum, or of all that is gathered."""
         if size not in self._collectives:
-            steps = (2 if kind == "all_reduce" else 1) * (size - 1)
-            sent = 1e6 * nbytes * steps / size / WIRE[self.gpu]
-            return min(first + step * steps + sent / share for first, step, share in RINGS)
+            off = self.collective(kind, nbytes, 2) / self._modelled(kind, nbytes, 2) if 2 in self._collectives else 1.0
+            return off * self._modelled(kind, nbytes, size)
         sizes, times = self._collectives[size][kind]
         if nbytes > sizes[-1]:
             return times[-1] * nbytes / sizes[-1]
         return float(np.exp(np.interp(np.log(nbytes), np.log(sizes), np.log(times))))
+
+    def _modelled(self, kind: str, nbytes: float, size: int) -> float:
+        steps = (2 if kind == "all_reduce" else 1) * (size - 1)
+        sent = 1e6 * nbytes * steps / size / WIRE[self.gpu]
+        return min(first + step * steps + sent / share for first, step, share in RINGS)
