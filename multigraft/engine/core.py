@@ -260,6 +260,7 @@ class EngineCore:
     def _timed_step(self, batch: Batch) -> None:
         """While there are jobs, steps are timed: their training part is sized by what steps took."""
         if not self.trainer.num_jobs:
+            self._clock.idle()
             self._guarded_step(batch)
             return
         shape = StepShape.of(batch)

@@ -284,7 +284,9 @@ def _fit_ones(a: Any) -> Any:
     weight = np.ones(len(a))
     for _ in range(ROUNDS):
         solution = nonnegative_least_squares(a * weight[:, None], weight)
-        weight = np.maximum(np.abs(a @ solution - 1), SMALL_ERROR) ** -0.5
+        before, weight = weight, np.maximum(np.abs(a @ solution - 1), SMALL_ERROR) ** -0.5
+        if (weight == before).all():
+            break  # in the twin all errors are small
     return solution / scale
 
 

@@ -8,7 +8,7 @@ when the batch before it does. Only durations are modelled. Outputs have the len
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Protocol
@@ -36,14 +36,11 @@ SAMPLING = SamplingParams(ignore_eos=True)
 
 
 class Timing(Protocol):
-    """Where durations come from, when not from the profile: a recording, for instance."""
+    """Where durations come from, when not from the profile: a recording of the engine, for instance."""
 
-    def step(self, batch: Batch) -> float:
-        """Seconds of the next step."""
-        ...
-
-    def launch(self) -> float:
-        """Seconds of the next turn that, with overlap, begins a step while none is in flight."""
+    def turn(self, batch: Batch) -> tuple[float, Sequence[tuple[StepShape, float]]]:
+        """Seconds of a turn of the loop with something to do, from its schedule() to the next one, and what
+        TrainingShare.observe is told in it."""
         ...
 
     def load(self, ref: AdapterRef) -> float:
@@ -64,6 +61,8 @@ class _Flight:
     ended: list[Served] = field(default_factory=list)
     afterwards: float = 0.0
     """Seconds of the training that follows the results."""
+    shape: StepShape | None = None
+    """Of a step that the engine's clock times, for the training share to learn from."""
 
 
 def simulate(
@@ -105,7 +104,7 @@ class Twin:
         self.deployment = deployment
         pages = PagePool(deployment.kv_pages, deployment.page_size, deployment.enable_prefix_caching)
         residency = Residency(deployment.max_loras, deployment.adapter_bytes)
-        share = TrainingShare(deployment.training, profile.steps)
+        share = TrainingShare(deployment.training)
         self.scheduler = Scheduler(deployment.scheduler, pages, residency, share)
         self.training = Training(workload.jobs, profile.num_layers, profile.train_rows)
         self.now = 0.0
@@ -140,8 +139,9 @@ class Twin:
         while self._goes_on():
             self._arrive()
             self._finish_loads()
-            if not self._skip():
-                batch = self.scheduler.schedule(self.training.work(self.now))
+            work = self.training.work(self.now)
+            if work is not None or not self._skip():
+                batch = self.scheduler.schedule(work)
                 if self.on_batch is not None:
                     self.on_batch(batch)
                 if batch.preempted and stop_at_preemption:
@@ -149,7 +149,7 @@ class Twin:
                 for move in batch.loads:
                     self._start_load(move)
                 if batch or batch.train is not None or self._in_flight is not None:
-                    self._turn(batch)
+                    self._turn(batch, timed=work is not None)
                 else:
                     self._wait()
             if self.now >= self._next_sample:
@@ -161,27 +161,32 @@ class Twin:
 
     # Turns -----------------------------------------------------------------------------------------------------
 
-    def _turn(self, batch: Batch) -> None:
-        """As EngineCore._step."""
+    def _turn(self, batch: Batch, timed: bool) -> None:
+        """As EngineCore._timed_step."""
         flight = None
-        if batch or batch.train is not None:
-            flight = self._launch(batch)
+        seconds, told = self.timing.turn(batch) if self.timing else (0.0, ())
+        if batch or (batch.train is not None and self.timing is None):
+            flight = self._launch(batch, timed)
             # Every span that samples gets a token; commit() asks for no others.
             self.scheduler.commit(batch, dict.fromkeys([span.request.id for span in batch.spans], 0))
             ended = [r for span in batch.spans if len((r := span.request).tokens) == r.max_len]
             flight.ended = [self._served(request) for request in ended]
             for request in ended:
                 self._finish(request)
+        if batch.train is not None:
+            self.training.run(batch.train)
+        self.now += seconds
+        for shape, taken in told:
+            self.scheduler.training.observe(shape, taken)
         self._fly(flight)
         for request in batch.preempted:
             self._pause(request)
 
-    def _launch(self, batch: Batch) -> _Flight:
+    def _launch(self, batch: Batch, timed: bool) -> _Flight:
         flight = _Flight(0.0, len(batch.spans))
-        if self.timing is not None:
-            flight.seconds = self.timing.step(batch)
-        else:
+        if self.timing is None:
             shape = StepShape.of(batch)
+            flight.shape = shape if timed else None
             flight.seconds = seconds = self.profile.steps.predict(shape)
             if batch.train is not None:
                 # Where steps overlap, training runs on its own behind them; elsewhere forward rows ride along.
@@ -191,7 +196,6 @@ class Twin:
                 )
                 flight.seconds = self.profile.steps.predict(until_results)
                 flight.afterwards = seconds - flight.seconds
-                self.training.run(batch.train)
         for span in batch.spans:
             if span.phase is Phase.DECODE:
                 break  # the last phase
@@ -213,13 +217,14 @@ class Twin:
         if self.profile.overlap:
             flight, self._in_flight = self._in_flight, flight
             if flight is None:
-                launch = self.timing.launch() if self.timing else self.profile.launch
+                launch = 0.0 if self.timing else self.profile.launch
                 self.now = self._host.idle(self.now, self.now + launch)
         if flight is not None:
             self._deliver(flight)
 
     def _deliver(self, flight: _Flight) -> None:
         """Let the step's time pass, and hand its tokens out."""
+        began = self.now
         self.now = self._host.step(self.now, flight.seconds)
         record, now = self.record, self.now
         if flight.decodes:
@@ -235,6 +240,8 @@ class Twin:
             served.last, served.num_tokens = now, served.request.output_len
         self._delivered = now
         self.now = self._host.step(self.now, flight.afterwards)
+        if flight.shape is not None:
+            self.scheduler.training.observe(flight.shape, self.now - began)
 
     def _pause(self, request: Request) -> None:
         """A preempted request has had its last token for a while."""
@@ -244,7 +251,7 @@ class Twin:
 
     def _skip(self) -> bool:
         """Run at once the steps up to the next event that only decode; False when there are none."""
-        if self.timing is not None or self.on_batch is not None or self.training.work(self.now) is not None:
+        if self.timing is not None or self.on_batch is not None:
             return False
         steps = steady_steps(self.scheduler)
         if steps == 0:
@@ -271,10 +278,10 @@ class Twin:
 
     def _goes_on(self) -> bool:
         """Until all requests have ended; jobs alone, until they have."""
-        requests, s = self.record.workload.requests, self.scheduler
-        if self._arrived < len(requests) or s.num_running or s.num_waiting or self._in_flight is not None:
-            return True
-        return not requests and (self.training.next_start is not None or self.training.work(self.now) is not None)
+        requests, s, flight = self.record.workload.requests, self.scheduler, self._in_flight
+        if not requests:
+            return bool(flight or self.training.next_start is not None or self.training.work(self.now))
+        return bool(self._arrived < len(requests) or s.num_running or s.num_waiting or (flight and flight.ended))
 
     def _next_event(self) -> float:
         """When something next happens by itself, reads aside; infinity when nothing will."""

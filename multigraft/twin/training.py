@@ -60,9 +60,9 @@ class Training:
             self._pass = None
 
     def _compose(self) -> _Pass | None:
-        rows, waiting = 0, set(self._left)
+        rows, waiting = 0, list(self._left)
         while waiting:
-            name = min(waiting, key=lambda n: (self._served[n], n))
+            name = min(waiting, key=self._served.__getitem__)  # of equals the one that came first
             waiting.remove(name)
             num = min(self._microbatch[name], self._left[name])
             if rows + num > self.max_rows:

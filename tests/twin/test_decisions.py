@@ -1,5 +1,5 @@
 """One trace through the real engine and, with the step times it took, through the twin: the same decisions, all of
-them, in the same order. Tokens, KV and adapters are real on the one side and absent on the other.
+them, in the same order. Tokens, KV, adapters and gradients are real on the one side and absent on the other.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,15 +15,16 @@ import pytest
 
 from multigraft.calibration.drive import Drive, sized
 from multigraft.core.batch import Batch
+from multigraft.core.config import TrainingConfig
 from multigraft.core.region import Scope
 from multigraft.core.request import AdapterRef, Request
 from multigraft.engine import parts
 from multigraft.engine.core import EngineCore
 from multigraft.engine.offline import make_config
-from multigraft.scheduling.steptime import FEATURES, StepTimeModel
+from multigraft.scheduling.steptime import FEATURES, StepShape, StepTimeModel
 from multigraft.twin.profile import Deployment, LoadTimes, Memory, Profile
 from multigraft.twin.simulate import simulate
-from multigraft.twin.workload import Adapter, Arrival, Workload, by_time
+from multigraft.twin.workload import Adapter, Arrival, TrainingJob, Workload, by_time
 from tests.engine.peft_cases import Case, write_adapter
 from tests.tiny import build_checkpoint
 
@@ -37,87 +38,100 @@ def decisions(batch: Batch) -> tuple[object, ...]:
     """Requests go by their number, which ends their id."""
     spans = [(_number(s.request), s.start, s.length, s.phase.name, s.slot) for s in batch.spans]
     loads = [(m.ref.name, m.slot, m.empties) for m in batch.loads]
-    return spans, loads, [_number(r) for r in batch.preempted]
+    return spans, loads, [_number(r) for r in batch.preempted], batch.train
+
+
+def decided(batch: Batch) -> bool:
+    return bool(batch or batch.loads or batch.preempted or batch.train)
 
 
 def _number(request: Request) -> int:
     return int(request.id.rpartition("-")[2])
 
 
+Turn = tuple[float, list[tuple[StepShape, float]]]
+"""Its seconds, and the steps that the training share was told of in it, with theirs."""
+
+
 @dataclass
 class Recorder:
-    """Notes each turn of the engine: what was decided, how long it took, what the scheduler heard of before it.
+    """Notes each turn of the engine until the last request has ended: what was decided, how long it took, what was
+    heard of before it.
 
-    The clock advances by the seconds that the engine reports for each step, and by the time that passed where there
-    was no step. What the scheduler hears of bears the time of the schedule() that follows.
+    The clock goes from schedule() to schedule(). What the engine hears of bears the time of the schedule() that
+    follows.
     """
 
     core: EngineCore
+    num_requests: int
     clock: float = 0.0
-    turns: list[tuple[object, ...]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    launches: list[float] = field(default_factory=list)
-    """Turns with a batch that took no step's results in."""
+    decisions: list[tuple[object, ...]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    """Those that had something to do."""
     arrivals: dict[int, float] = field(default_factory=dict)
+    starts: dict[str, float] = field(default_factory=dict)
+    """Of jobs."""
     loads: list[tuple[str, float]] = field(default_factory=list)
     """Name and seconds, in the order in which they began."""
 
     def __post_init__(self) -> None:
         self._heard: list[tuple[str, object]] = []
+        self._told: list[tuple[StepShape, float]] = []
         self._began: dict[str, tuple[int, float]] = {}
-        self._stepped, self._launched, self._last = False, False, time.monotonic()
-        scheduler = self.core.scheduler
-        add, loaded = scheduler.add, scheduler.adapter_loaded
+        self._busy, self._over, self._last = False, False, time.monotonic()
+        core = self.core
+        self._listen(core.scheduler, "add", lambda request: self._heard.append(("add", _number(request))))
+        self._listen(core.scheduler, "adapter_loaded", lambda uid: self._heard.append(("loaded", uid)))
+        self._listen(core.trainer, "start", lambda job, *_: self._heard.append(("start", job.id)))
+        self._listen(core._clock, "observe", lambda shape, seconds: self._told.append((shape, seconds)))
 
-        def hear_add(request: Request) -> None:
-            self._heard.append(("add", _number(request)))
-            add(request)
+    def _listen(self, owner: object, name: str, note: Callable[..., None]) -> None:
+        method = getattr(owner, name)
 
-        def hear_loaded(uid: int) -> None:
-            self._heard.append(("loaded", uid))
-            loaded(uid)
+        def listening(*args: object) -> None:
+            note(*args)
+            method(*args)
 
-        scheduler.add, scheduler.adapter_loaded = hear_add, hear_loaded  # type: ignore[method-assign]
-
-    def ran(self, batch: Batch, seconds: float) -> None:
-        self._stepped = True
-        ticks = round(seconds / TICK) * TICK
-        self.clock += ticks
-        self.seconds.append(ticks)
+        setattr(owner, name, listening)
 
     def scheduled(self, batch: Batch) -> None:
         now = time.monotonic()
-        if not self._stepped:
-            ticks = round((now - self._last) / TICK) * TICK
-            self.clock += ticks
-            if self._launched:
-                self.launches.append(ticks)
-        self._stepped, self._launched, self._last = False, bool(batch), now
+        ticks = round((now - self._last) / TICK) * TICK
+        if self._over:
+            return
+        self.clock += ticks
+        if self._busy:
+            self.turns.append((ticks, self._told))
+        in_flight, s = self.core._in_flight is not None, self.core.scheduler
+        self._busy, self._told, self._last = bool(batch or batch.train or in_flight), [], now
         for what, which in self._heard:
             if what == "add":
                 self.arrivals[which] = self.clock
+            elif what == "start":
+                self.starts[which] = self.clock
             else:
                 index, start = self._began.pop(which)
                 self.loads[index] = (self.loads[index][0], self.clock - start)
         self._heard.clear()
+        self._over = len(self.arrivals) == self.num_requests and not (s.num_running or s.num_waiting or in_flight)
         for move in batch.loads:
             self._began[move.ref.uid] = (len(self.loads), self.clock)
             self.loads.append((move.ref.name, -1.0))
-        if batch or batch.loads or batch.preempted:
-            self.turns.append(decisions(batch))
+        if decided(batch) and not self._over:
+            self.decisions.append(decisions(batch))
 
 
 class Recorded:
     """The twin's timing from a recording."""
 
     def __init__(self, recorder: Recorder):
-        self.seconds, self.loads, self.launches = map(iter, (recorder.seconds, recorder.loads, recorder.launches))
+        self.turns, self.loads = iter(recorder.turns), iter(recorder.loads)
 
-    def step(self, batch: Batch) -> float:
-        return next(self.seconds, 0.0)  # the engine has stopped before it tells of its last step
-
-    def launch(self) -> float:
-        return next(self.launches)
+    def turn(self, batch: Batch) -> Turn:
+        seconds, told = next(self.turns, (0.0, []))  # the engine may stop before it schedules again
+        for shape, _ in told:  # on the CPU each step is told of in its own turn
+            assert shape == StepShape.of(batch)
+        return seconds, told
 
     def load(self, ref: AdapterRef) -> float:
         name, seconds = next(self.loads)
@@ -141,19 +155,26 @@ def a_workload(num: int, seed: int, gap: float, longest: int, names: Sequence[st
 
 
 def run_both(
-    model: Path, adapters: Path, workload: Workload, *, overlap: bool = False, **settings: object
+    model: Path,
+    adapters: Path,
+    workload: Workload,
+    *,
+    overlap: bool = False,
+    training: TrainingConfig | None = None,
+    **settings: object,
 ) -> tuple[Recorder, list[object], int]:
     """The engine's recording, the twin's decisions, and how often requests were preempted.
 
     overlap: the CPU engine keeps a step in flight, as on CUDA.
     """
     config = make_config(str(model), device="cpu", lora_dir=adapters, enable_prefix_caching=True, **settings)
+    config = replace(config, training=training or config.training)
     engine = EngineCore(parts.build(config))
     if overlap:
         engine._may_lag = lambda step: True  # type: ignore[method-assign]
     drive = Drive(engine, sized(workload, engine))
-    recorder = Recorder(engine)
-    drive.scheduled, drive.ran = recorder.scheduled, recorder.ran  # type: ignore[method-assign]
+    recorder = Recorder(engine, len(workload.requests))
+    drive.scheduled = recorder.scheduled  # type: ignore[method-assign]
     engine.start()
     try:
         drive.run(timeout=200)
@@ -162,6 +183,7 @@ def run_both(
         engine.parts.store.close()
     assert engine.error is None and all(s.complete for s in drive.record.served)
     seen = [r._replace(time=recorder.arrivals[i]) for i, r in enumerate(workload.requests)]
+    jobs = [replace(job, start=recorder.starts[job.name]) for job in workload.jobs]
     pages, bank = engine.scheduler.pages, engine.parts.bank
     deployment = Deployment(
         scheduler=config.scheduler,
@@ -170,6 +192,7 @@ def run_both(
         kv_pages=pages.num_pages,
         page_size=pages.page_size,
         max_model_len=engine.parts.max_model_len,
+        training=config.training,
     )
     profile = Profile(
         model="tiny",
@@ -180,23 +203,25 @@ def run_both(
         memory=Memory(total=0),
         max_model_len=engine.parts.max_model_len,
         overlap=overlap,
+        num_layers=engine.parts.loaded.model.config.num_hidden_layers,
+        train_rows=engine.trainer.memory.max_rows,
     )
     turns: list[object] = []
 
     def on_batch(batch: Batch) -> None:
-        if batch or batch.loads or batch.preempted:
+        if decided(batch):
             turns.append(decisions(batch))
 
-    replayed = replace(sized(workload, engine), requests=tuple(seen))
+    replayed = replace(sized(workload, engine), requests=tuple(seen), jobs=tuple(jobs))
     record = simulate(replayed, profile, deployment, timing=Recorded(recorder), on_batch=on_batch)
     assert record.preemptions == drive.record.preemptions
     return recorder, turns, record.preemptions or 0
 
 
 def compare(recorder: Recorder, turns: list[object]) -> None:
-    for i, (real, simulated) in enumerate(zip(recorder.turns, turns, strict=False)):
-        assert simulated == real, f"turn {i} of {len(recorder.turns)}"
-    assert len(turns) == len(recorder.turns)
+    for i, (real, simulated) in enumerate(zip(recorder.decisions, turns, strict=False)):
+        assert simulated == real, f"turn {i} of {len(recorder.decisions)}"
+    assert len(turns) == len(recorder.decisions)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +250,30 @@ def test_engine_and_twin_decide_alike(folder: Path, fairness: bool, overlap: boo
     )
     compare(recorder, turns)
     assert preemptions > 0 and len(recorder.loads) > len(RANKS), "the trace is too easy to show anything"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_with_fine_tuning_they_decide_alike(folder: Path, overlap: bool) -> None:
+    """The parts granted follow from all step times before: the share learns from them and makes up for them."""
+    jobs = (
+        TrainingJob(name="long", tokens=96 * 10**4, microbatch=96, start=0.02),
+        TrainingJob(name="short", tokens=20 * 64, microbatch=64, start=0.3),
+    )
+    recorder, turns, _ = run_both(
+        folder / "model",
+        folder / "adapters",
+        replace(a_workload(60, seed=7, gap=0.01, longest=90), jobs=jobs),
+        overlap=overlap,
+        training=TrainingConfig(ttft_slo_ms=200.0, tpot_slo_ms=30.0),
+        kv_cache_gib=0.01,
+        max_num_seqs=12,
+        max_num_batched_tokens=96,
+        max_loras=2,
+        max_cpu_loras=3,
+    )
+    compare(recorder, turns)
+    parts = {train for *_, train in recorder.decisions}
+    assert len(parts) > 4 and {part.rows for part in parts if part} == {96, 160}, "both jobs, in parts of several sizes"
 
 
 def test_a_different_decision_is_noticed(folder: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from multigraft.core.batch import Batch
 from multigraft.core.config import SchedulerConfig
 from multigraft.scheduling.steptime import StepShape
+from multigraft.scheduling.training import FIRST_FIT, HEADROOM
 from multigraft.twin.profile import LoadTimes
 from multigraft.twin.report import Quantiles, report
 from multigraft.twin.simulate import simulate
@@ -68,8 +70,9 @@ def test_a_request_that_cannot_be_served_says_why_and_others_go_on() -> None:
     assert record.served[2].complete and report(record).failed == 2
 
 
-def test_training_takes_what_the_latency_target_leaves() -> None:
-    p = profile(step=0.01, train_forward=1e-5, train_backward=2e-5)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_training_takes_what_the_latency_target_leaves(overlap: bool) -> None:
+    p = profile(overlap=overlap, step=0.01, train_forward=1e-5, train_backward=2e-5)
     alone = simulate(Workload(name="t", jobs=(TrainingJob(name="j", tokens=10_000),)), p, p.deployment())
     assert alone.train_tokens == 10_000
     # Backward counts the output head as a layer: 4 forward, 5 backward.
@@ -80,6 +83,19 @@ def test_training_takes_what_the_latency_target_leaves() -> None:
     assert both.train_tokens > 10_000
     assert report(both).itl.p50 > report(without).itl.p50
     assert report(both).itl.p99 < 0.2, "the target is 0.1 s"
+    assert both.seconds < 2 * without.seconds, "it ends with the requests"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_training_share_learns_from_simulated_steps(overlap: bool) -> None:
+    """A layer beside a decode of 10 ms takes 20: one is granted until that is known, then three or four, 85 ms."""
+    p = replace(profile(overlap=overlap, step=0.01, train_layers=0.02), num_layers=100)
+    load = Workload(name="t", requests=(Arrival(0.0, None, 4, 300),), jobs=(TrainingJob(name="j", tokens=10**9),))
+    batches: list[Batch] = []
+    simulate(load, p, p.deployment(), on_batch=batches.append)
+    layers = [b.train.forward + b.train.backward if b.train else 0 for b in batches if b]
+    assert set(layers[:FIRST_FIT]) == {1}
+    assert 0.01 + 0.02 * sum(layers[-40:]) / 40 == pytest.approx(HEADROOM * 0.1, rel=0.02)
 
 
 def test_small_passes_take_the_hosts_time_and_what_is_served_is_computed_meanwhile() -> None:
