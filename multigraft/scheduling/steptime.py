@@ -225,7 +225,7 @@ class StepTimeModel:
         weights): spells in which the machine was slow do not count.
 
         Terms that never occur get weight 0, and so do the host's unless they explain the steps with training clearly
-        better. 27 ms for the steps that TrainingShare looks at.
+        better. 50 ms for the steps that TrainingShare looks at.
         """
         import numpy as np
 
@@ -281,27 +281,38 @@ def _fit_ones(a: Any) -> Any:
     scale = np.linalg.norm(a, axis=0)
     scale[scale == 0] = 1.0
     a = a / scale
-    weight = np.ones(len(a))
+    weight, solution = np.ones(len(a)), None
     for _ in range(ROUNDS):
-        solution = nonnegative_least_squares(a * weight[:, None], weight)
+        solution = nonnegative_least_squares(a * weight[:, None], weight, near=solution)
         before, weight = weight, np.maximum(np.abs(a @ solution - 1), SMALL_ERROR) ** -0.5
         if (weight == before).all():
             break  # in the twin all errors are small
     return solution / scale
 
 
-def nonnegative_least_squares(a: Any, b: Any) -> Any:
+def nonnegative_least_squares(a: Any, b: Any, near: Any = None) -> Any:
     """x >= 0 that minimises |a x - b|, by the active-set method of Lawson and Hanson (1974, algorithm NNLS).
 
-    a: (n, k) numpy array, columns of comparable length; b: (n,).
+    a: (n, k) numpy array, columns of comparable length; b: (n,). near: the solution of a similar problem, from whose
+    positive components the search begins.
     """
     import numpy as np
 
     k = a.shape[1]
-    if len(a) > k:  # the same problem in k rows
-        q, a = np.linalg.qr(a)
-        b = q.T @ b
-    x, used = np.zeros(k), np.zeros(k, dtype=bool)
+    if len(a) > k + 1:  # the same problem in a few rows
+        a, b = np.hsplit(np.linalg.qr(np.column_stack([a, b]), mode="r"), [k])
+        b = b[:, 0]
+
+    def solve(used: Any) -> Any:
+        """Without the other components, of any sign."""
+        x = np.zeros(k)
+        x[used] = np.linalg.lstsq(a[:, used], b, rcond=None)[0]
+        return x
+
+    x, used = np.zeros(k), np.zeros(k, dtype=bool) if near is None else near > 0
+    while used.any() and (x := solve(used)).min() < 0:
+        used &= x > 0
+    x = x * used
     tolerance = 1e-10 * max(1.0, float(np.abs(a.T @ b).max()))
     for _ in range(3 * k):
         gradient = np.where(used, -np.inf, a.T @ (b - a @ x))
@@ -309,8 +320,7 @@ def nonnegative_least_squares(a: Any, b: Any) -> Any:
             break
         used[gradient.argmax()] = True
         while used.any():
-            target = np.zeros(k)
-            target[used] = np.linalg.lstsq(a[:, used], b, rcond=None)[0]
+            target = solve(used)
             blocked = used & (target <= 0)
             if not blocked.any():
                 x = target

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 from multigraft.core.batch import Batch, TrainPart
 from multigraft.core.config import TrainingConfig
@@ -20,8 +22,11 @@ training alone, since the next request may arrive at its beginning."""
 FIRST_FIT, REFIT = 24, 96
 """Observed steps before the first fit of the step-time model, and between the later ones; the former also of steps that
 train backward, which come after the forward ones, before more than a layer is granted."""
-MEMORY = 384
-"""Latest steps that a fit looks at, of those with training and of those without."""
+MEMORY = 256
+"""Latest steps that a fit looks at, of those that only serve, of those that only train, and of those that do both."""
+LOOK_AGAIN = 64
+"""So many times in a row no layer fits into the time that is left: then one is granted nevertheless. What it takes may
+have been learned while the machine was slow, and nothing else would tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,11 @@ class TrainingShare:
         """By which the parts granted so far lengthened their steps, as predicted; those before the first fit aside."""
         self._spare = 0.0
         """Seconds that steps with decodes have left of what they might take; negative: have taken beyond it."""
-        self._plain: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
-        self._trained: deque[tuple[StepShape, float]] = deque(maxlen=MEMORY)
-        """Kept apart, so that a busy time without training does not make it look free."""
+        self._refused = 0
+        """Steps in a row into whose time no layer fitted."""
+        self._seen: dict[tuple[bool, bool], deque[tuple[StepShape, float]]] = defaultdict(partial(deque, maxlen=MEMORY))
+        """By whether they served and whether they trained: kept apart, so that a long time of one kind does not make
+        the others look free."""
         self._until_fit = FIRST_FIT
         self._knows_training = model is not None
 
@@ -87,6 +94,9 @@ class TrainingShare:
             else:
                 high = middle - 1
         layers = max(low, 1) if idle else low
+        self._refused = 0 if layers or priority * (due + spare) <= 0 else self._refused + 1
+        if self._refused >= LOOK_AGAIN:
+            self._refused, layers = 0, 1
         part = work.part(layers) if layers else None
         granted = 0.0 if part is None else max(0.0, model.predict(with_part(shape, part)) - served)
         self.granted_seconds += granted
@@ -114,17 +124,17 @@ class TrainingShare:
             return
         if self.model is not None and self._knows_training and shape.decode_rows:
             self._overrun(seconds - self.model.predict(shape))
-        (self._trained if shape.train_layers else self._plain).append((shape, seconds))
+        self._seen[shape.prefill_rows + shape.decode_rows > 0, shape.train_layers > 0].append((shape, seconds))
         self._until_fit -= 1
         learns = not self._knows_training and self._num_backward() >= FIRST_FIT
         if self._until_fit <= 0 or learns:
-            self.model = StepTimeModel.fit(*zip(*self._plain, *self._trained, strict=True))
+            self.model = StepTimeModel.fit(*zip(*chain.from_iterable(self._seen.values()), strict=True))
             self._until_fit, self._knows_training = REFIT, self._num_backward() >= FIRST_FIT
         elif self.model is not None:
             self.model.refine(shape, seconds)
 
     def _num_backward(self) -> int:
-        return sum(shape.train_backward > 0 for shape, _ in self._trained)
+        return sum(shape.train_backward > 0 for shape, _ in chain.from_iterable(self._seen.values()))
 
 
 def with_part(shape: StepShape, part: TrainPart) -> StepShape:

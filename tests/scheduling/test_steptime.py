@@ -74,6 +74,8 @@ def test_fit_equals_scipys(seed: int) -> None:
     b = a @ rng.normal(size=8) + rng.normal(size=30)
     want, _ = nnls(a, b)
     assert np.allclose(nonnegative_least_squares(a, b), want, atol=1e-8)
+    for near in (want, rng.random(8), np.zeros(8), np.ones(8)):
+        assert np.allclose(nonnegative_least_squares(a, b, near=near), want, atol=1e-8)
 
 
 def random_shape(rng: random.Random) -> StepShape:

@@ -185,3 +185,42 @@ def test_single_layers_until_the_first_fit() -> None:
         s.observe(StepShape(decode_rows=3, samples=3, train_rows=100, train_forward=100 * i, train_layers=i), 0.01)
     assert s.model is not None and s.granted_seconds == 0.0
     assert s.grant(batch(decodes=3), None, 0) is None
+
+
+def test_training_that_looks_too_long_is_tried_again_now_and_then() -> None:
+    """As learned in a slow spell, a layer takes 4 ms and 20 are left: none fits, and the step after LOOK_AGAIN such has
+    one."""
+
+    class Slow(Model):
+        def predict(self, shape: StepShape) -> float:
+            return super().predict(shape) + (0.1 if shape.train_layers else 0.0)
+
+    s = TrainingShare(TrainingConfig(), Slow())  # type: ignore[arg-type]
+    granted = [layers(s.grant(batch(decodes=65), WORK, 0)) for _ in range(3 * training.LOOK_AGAIN)]
+    assert sum(granted) == 3 and granted[training.LOOK_AGAIN - 1] == 1
+    busy = [layers(s.grant(batch(decodes=200), WORK, 0)) for _ in range(3 * training.LOOK_AGAIN)]
+    assert not any(busy), "no time is left at all"
+    s = TrainingShare(TrainingConfig(train_priority=0.0), Slow())  # type: ignore[arg-type]
+    assert not any(layers(s.grant(batch(decodes=65), WORK, 0)) for _ in range(3 * training.LOOK_AGAIN))
+
+
+def test_long_training_alone_does_not_make_requests_look_free() -> None:
+    s = TrainingShare(TrainingConfig())
+
+    def observe(steps: int, decodes: int, backward: int) -> None:
+        for i in range(steps):
+            shape = StepShape(decode_rows=decodes * (1 + i % 3), samples=decodes * (1 + i % 3))
+            if backward:
+                shape = StepShape(
+                    decode_rows=shape.decode_rows,
+                    samples=shape.samples,
+                    train_rows=100,
+                    train_layers=backward,
+                    train_backward=100 * backward,
+                )
+            s.observe(shape, (0.02 if decodes else 0.0) + 0.001 * shape.decode_rows + 0.005 * backward)
+
+    observe(100, decodes=4, backward=2)
+    observe(5000, decodes=0, backward=3)
+    assert s.model is not None
+    assert s.model.predict(StepShape(decode_rows=8, samples=8)) == pytest.approx(0.028, rel=0.1)
