@@ -1,7 +1,7 @@
 """Captured steps give what steps without graphs give, on the CPU, with stand-ins for CUDA and the kernels.
 
-A step runs without graphs, then, from the same keys and values, with them; logits are compared, and all that lies in
-the KV pages. What nobody wrote is NaN, in pages and in new tensors.
+Each step runs twice, with graphs and without, on models of their own; logits are compared, and all that lies in the KV
+pages. What nobody wrote is NaN, in pages and in new tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.packing import pack
@@ -66,38 +67,48 @@ def make_adapter(sites: Sequence[Site], adapter: Adapter, seed: int) -> PackedAd
     return pack(lay_out(sites, modules), tensors.__getitem__, torch.float32)
 
 
+def make_runner(bank: Bank, max_rank: int) -> Runner:
+    model = make_model()
+    sites = find_sites(model)
+    grafts = CudaGrafts(sites, bank, "lm_head", max_rank)
+    graft(model, sites, grafts)
+    shape = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE}
+    kv = PagedKV(**shape, num_pages=NUM_PAGES, dtype=torch.float32, device=bank.device)
+    backend = FlashInferBackend(kv, HEADS, padded_sizes(MAX_SPANS + 1)[-1])
+    attention.attach(model, backend, grafts.train)
+    return Runner(model, backend, grafts, bank.device)
+
+
+def make_model() -> PreTrainedModel:
+    changes = {"hidden_size": HEADS * HEAD_DIM, "num_hidden_layers": LAYERS, "intermediate_size": 40}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    return tiny_model("llama", **changes, **heads, attn_implementation=attention.IMPLEMENTATION)[0]
+
+
 class Engine:
-    """What runs steps, and requests to run."""
+    """Two runners, one with graphs and one without, and requests that both run."""
 
     def __init__(self, max_rank: int):
-        changes = {"hidden_size": HEADS * HEAD_DIM, "num_hidden_layers": LAYERS, "intermediate_size": 40}
-        heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
-        model, _ = tiny_model("llama", **changes, **heads, attn_implementation=attention.IMPLEMENTATION)
-        self.sites = find_sites(model)
-        self.bank = Bank(self.sites, max_slots=SLOTS, capacity_bytes=2**20, dtype=torch.float32)
-        grafts = CudaGrafts(self.sites, self.bank, "lm_head", max_rank)
-        graft(model, self.sites, grafts)
-        shape = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE}
-        self.kv = PagedKV(**shape, num_pages=NUM_PAGES, dtype=torch.float32, device=torch.device("cpu"))
-        backend = FlashInferBackend(self.kv, HEADS, padded_sizes(MAX_SPANS + 1)[-1])
-        attention.attach(model, backend, grafts.train)
-        self.runner = Runner(model, backend, grafts, torch.device("cpu"))
-        made, sizes = (model, backend, grafts), {"max_len": MAX_LEN, "vocab_size": VOCAB}
-        self.decode = DecodeGraphs(*made, max_rows=MAX_SPANS, **sizes)
-        self.mixed = MixedGraphs(*made, max_rows=MAX_ROWS, max_spans=MAX_SPANS, **sizes)
+        self.bank = Bank(find_sites(make_model()), max_slots=SLOTS, capacity_bytes=2**20, dtype=torch.float32)
+        self.plain, self.runner = (make_runner(self.bank, max_rank) for _ in range(2))
+        made, sizes = (self.runner.model, self.runner.attention, self.runner.grafts), {"max_len": MAX_LEN}
+        self.decode = DecodeGraphs(*made, max_rows=MAX_SPANS, vocab_size=VOCAB, **sizes)
+        self.mixed = MixedGraphs(*made, max_rows=MAX_ROWS, max_spans=MAX_SPANS, vocab_size=VOCAB, **sizes)
+        self.runner.graphs, self.runner.mixed_graphs = self.decode, self.mixed
         self.rng = random.Random(max_rank)
         self.clear()
 
     def clear(self) -> None:
-        for cache in (self.kv.k, self.kv.v):
-            cache.fill_(torch.nan)
+        for runner in (self.plain, self.runner):
+            runner.attention.kv.k.fill_(torch.nan)
+            runner.attention.kv.v.fill_(torch.nan)
         self.free = self.rng.sample(range(NUM_PAGES), NUM_PAGES)
         self.num_requests = 0
         for slot in self.bank.slots:
             self.bank.unload(slot)
 
     def load(self, slot: int, adapter: Adapter) -> None:
-        self.bank.load(slot, make_adapter(self.sites, adapter, seed=self.bank.version))
+        self.bank.load(slot, make_adapter(self.bank.sites, adapter, seed=self.bank.version))
 
     def request(self, length: int, slot: int | None = None, adapted: Ranges = ALL, **sampling: int) -> Request:
         """One with a prompt of so many tokens."""
@@ -116,17 +127,11 @@ class Engine:
         batch = self._batch([part if isinstance(part, tuple) else (part, None) for part in parts])
         covered = self.decode.covers(batch), self.mixed.covers(batch, Rows.of(batch))
         by = self.decode if covered[0] else self.mixed if covered[1] else None
-        before = self.kv.k.clone(), self.kv.v.clone()
-        self.runner.graphs = self.runner.mixed_graphs = None
-        plain, plain_kv = self.runner.execute(batch).logits.clone(), self._written()
-        if by is not None:
-            self.kv.k.copy_(before[0])
-            self.kv.v.copy_(before[1])
-            self.runner.graphs, self.runner.mixed_graphs = self.decode, self.mixed
-            tokens = self._hide_tokens(batch) if late else None
-            logits = self.runner.execute(batch, tokens).logits
-            torch.testing.assert_close(logits, plain, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(self._written(), plain_kv, atol=1e-4, rtol=1e-4, equal_nan=True)
+        expected = self.plain.execute(batch).logits
+        logits = self.runner.execute(batch, self._hide_tokens(batch) if late else None).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        pages, expected_pages = (_written(runner.attention.kv) for runner in (self.runner, self.plain))
+        torch.testing.assert_close(pages, expected_pages, atol=1e-4, rtol=1e-4, equal_nan=True)
         for span in batch.spans:
             request = span.request
             if request.tokens[-1] == PENDING:
@@ -141,16 +146,17 @@ class Engine:
         spans = []
         for request, length in parts:
             start = request.num_computed
-            phase = Phase.PREFILL if start < request.prompt_len else Phase.DECODE
+            decodes = request.num_output and start == len(request.tokens) - 1
+            phase = Phase.DECODE if decodes else Phase.PREFILL
             span = Span(request, start, length or len(request.tokens) - start, phase)
             span.slot = request.slot if any(True for _ in span.segments()) else None
             spans.append(span)
         return Batch(sorted(spans, key=lambda s: (s.phase, SLOTS if s.slot is None else s.slot)))
 
     def _hide_tokens(self, batch: Batch) -> LateTokens:
-        """Leave the last tokens of decode rows, but for the first one's, to the device. Token 0 stands for a failure
-        there, for which it is taken."""
-        requests = [s.request for s in batch.spans if s.phase is Phase.DECODE][1:]
+        """Leave the last of the generated tokens, but for the first request's, to the device. Token 0 stands for a
+        failure there, for which it is taken."""
+        requests = [s.request for s in batch.spans if s.samples and s.request.num_output][1:]
         self.rng.shuffle(requests)
         self.hidden = {r.id: r.tokens[-1] for r in requests}
         for request in requests:
@@ -158,14 +164,15 @@ class Engine:
         tokens = torch.tensor([token or -1 for token in self.hidden.values()], dtype=torch.int64)
         return LateTokens(tokens, {r.id: i for i, r in enumerate(requests)})
 
-    def _written(self) -> torch.Tensor:
-        """Keys and values of all pages but the scratch page."""
-        return torch.stack([cache[:, : self.kv.scratch_page] for cache in (self.kv.k, self.kv.v)])
-
     def unused(self) -> list[object]:
         """Graphs that were never replayed."""
         graphs = [item for made in (self.decode, self.mixed) for item in made._captured._graphs.items()]
         return [key for key, graph in graphs if not graph.num_replays]
+
+
+def _written(kv: PagedKV) -> torch.Tensor:
+    """All pages but the scratch page."""
+    return torch.stack([cache[:, : kv.scratch_page] for cache in (kv.k, kv.v)])
 
 
 @pytest.fixture(scope="module", params=[16, 64])  # tiles of 4 rows, and of 16
@@ -173,8 +180,10 @@ def captured(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         fake_cuda.install(patch)
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
-        yield Engine(request.param)
-        torch.use_deterministic_algorithms(False)
+        try:
+            yield Engine(request.param)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -212,6 +221,8 @@ def test_adapters_that_act_on_some_positions(engine: Engine) -> None:
     assert engine.step((ends, 18), (activated, 13), never, prompt_only, everywhere, late=True) is engine.mixed
     assert engine.step(ends, activated, never, prompt_only, everywhere, late=True) is engine.mixed
     assert engine.step(ends, activated, never, prompt_only, everywhere, late=True) is engine.decode
+    ends.num_computed = everywhere.num_computed = 0  # preempted
+    assert engine.step(ends, activated, everywhere, late=True) is engine.mixed
 
 
 def test_as_much_as_the_graphs_hold_and_more(engine: Engine) -> None:
@@ -221,11 +232,13 @@ def test_as_much_as_the_graphs_hold_and_more(engine: Engine) -> None:
     edges = [engine.request(length, 0, ((0, 1), (length - 1, length))) for length in (70, 15, 15, 15)]
     assert engine.step(*edges) is engine.mixed  # nine runs of rows, and one that fills up
     assert engine.step(*(engine.request(6, slot, ((0, 1), (3, 4))) for slot in range(5))) is None  # more runs of rows
+    for num_rows in (65, 64):  # around a graph's
+        assert engine.step(engine.request(num_rows)) is engine.mixed
     nine = [engine.request(3, slot) for slot in range(9)]
     assert engine.step(*nine) is None  # more requests
-    assert engine.step(*nine) is None
+    assert engine.step(*nine, late=True) is None
     assert engine.step(*nine[:8], late=True) is engine.decode
-    assert engine.step(*(engine.request(60) for _ in range(3))) is None  # more rows
+    assert engine.step(*(engine.request(43) for _ in range(3))) is None  # more rows
     assert engine.step(engine.request(9, prompt_logprobs=1)) is None
 
 
@@ -245,7 +258,7 @@ def test_a_slot_gets_another_adapter(engine: Engine) -> None:
     engine.load(1, ENDS)
     third = engine.request(9, 1), engine.request(3, 0)
     assert engine.step(*third) is None
-    assert engine.step(*third) is None
+    assert engine.step(*third, late=True) is None
     assert engine.step(third[1], engine.request(5)) is engine.mixed
     assert engine.step(third[1], second[0]) is engine.decode
 
@@ -265,7 +278,9 @@ def test_random_steps(engine: Engine) -> None:
             ends = ((0, min(2, length)), (max(3, length - 2), length)) if length > 3 else ALL
             slot = rng.choice([None, *engine.bank.slots])
             requests.append(engine.request(length, slot, rng.choice([ALL, ((length // 2, MAX_LEN),), ends])))
+        rng.choice(requests).num_computed = 0  # preempted
         chosen = rng.sample(requests, rng.randint(1, min(MAX_SPANS, len(requests))))
-        left = {r: len(r.tokens) - r.num_computed for r in chosen}
-        seen.add(engine.step(*((r, rng.randint(1, n)) for r, n in left.items()), late=rng.random() < 0.7))
+        left = [(r, len(r.tokens) - r.num_computed) for r in chosen]
+        parts = [(r, rng.choice([n, rng.randint(1, n)])) for r, n in left]
+        seen.add(engine.step(*parts, late=rng.random() < 0.7))
     assert seen >= {engine.decode, engine.mixed}
