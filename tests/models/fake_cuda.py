@@ -193,7 +193,12 @@ def _expand(
     y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: lora_triton.Work, side: str, widths: Sequence[int]
 ) -> None:
     """With x for h: all is computed here."""
-    launch(partial(reference.forward, y, h, arena, work.table, work.scales, work.tiles, widths))
+
+    def kernel() -> None:
+        _check(work.tiles, len(y))
+        reference.forward(y, h, arena, work.table, work.scales, work.tiles, widths)
+
+    launch(kernel)
 
 
 def _gated(
@@ -204,12 +209,18 @@ def _gated(
     def kernel() -> None:
         adapted = y.clone()
         reference.forward(adapted, h, arena, work.table, work.scales, all_tiles, [z.shape[1]] * 2)
-        for first, rows, slot in all_tiles.tolist():
-            if slot != UNUSED:
-                z[first : first + rows] = reference.swiglu(adapted[first : first + rows])
+        rows = _check(all_tiles, len(y))
+        z[rows] = reference.swiglu(adapted[rows])
 
     launch(kernel)
     return z
+
+
+def _check(tiles: torch.Tensor, num_rows: int) -> list[int]:
+    """The rows of all tiles; none may be in two of them, nor beyond the last."""
+    rows = [row for first, count, slot in tiles.tolist() if slot != UNUSED for row in range(first, first + count)]
+    assert len(set(rows)) == len(rows) and max(rows, default=0) < num_rows
+    return rows
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
