@@ -18,7 +18,7 @@ class GraphInputs:
     def __init__(self, fields: dict[str, tuple[type[np.generic], int]], device: torch.device):
         """fields: dtype and length of each. The last may be sent in part."""
         total = sum(_aligned(np.dtype(dtype).itemsize * count) for dtype, count in fields.values())
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
+        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
         self.on_device: dict[str, torch.Tensor] = {}
         self._views: dict[str, np.ndarray] = {}

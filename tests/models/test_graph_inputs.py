@@ -11,9 +11,7 @@ from multigraft.models.graph_inputs import ALIGN, GraphInputs
 
 @pytest.fixture
 def inputs(monkeypatch: pytest.MonkeyPatch) -> GraphInputs:
-    """On the CPU, where memory cannot be page-locked and nothing has to be waited for."""
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kwargs: zeros(*args, **kwargs))
+    """On the CPU, where nothing has to be waited for."""
     monkeypatch.setattr(torch.cuda, "Event", mock.Mock)
     return GraphInputs({"ids": (np.int64, 3), "indptr": (np.int32, 5), "pages": (np.int32, 9)}, torch.device("cpu"))
 
