@@ -10,6 +10,7 @@ from multigraft.kernels.tiles import BASE, cut_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 WIDTH = {4: 600, 16: 600, 64: 2100}
+GATED = [(torch.float32, 4), (torch.bfloat16, 16), (torch.bfloat16, 64)]
 """in_features by rows a tile, so that the columns are split among programs."""
 
 
@@ -56,7 +57,7 @@ def test_strided_rows(lora_case, device):
     assert wide_y[:, :10].isnan().all() and wide_y[:, 42:].isnan().all()
 
 
-@pytest.mark.parametrize("block_m", [4, 16, 64])
+@pytest.mark.parametrize("block_m", [4, 64])
 def test_input_may_be_the_output(lora_case, block_m, device):
     """ReFT: the residual stream is both."""
     ranks = [[4], [1], [0], [40]]
@@ -121,8 +122,7 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
     assert lora_triton_grad.backward(case.y, case.x, case.arena, work, case.out_features)[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("block_m", [4, 16, 64])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype, block_m", GATED, ids=str)
 def test_gated(lora_case, dtype, block_m, device):
     """SwiGLU of gate and up with their adapters' outputs; rows without an adapter get it, too, and y nothing."""
     ranks = [[3, 33], [0, 0], [64, 1], [8, 0], [5, 5]]
