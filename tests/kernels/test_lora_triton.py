@@ -10,8 +10,8 @@ from multigraft.kernels.tiles import BASE, cut_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 WIDTH = {4: 600, 16: 600, 64: 2100}
-GATED = [(torch.float32, 4), (torch.bfloat16, 16), (torch.bfloat16, 64)]
 """in_features by rows a tile, so that the columns are split among programs."""
+GATED = [(torch.float32, 4), (torch.bfloat16, 16), (torch.bfloat16, 64)]
 
 
 def forward(case, y, block_m):
