@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import mul
 from typing import Any
 
@@ -115,7 +116,7 @@ class StepShape:
         """
         s = self
         rows = s.prefill_rows + s.decode_rows
-        row_costs = tuple(max(0, min(rows, end) - start) for start, end in _ROW_RANGES)
+        row_costs = _row_costs(rows)
         has_prefill = 1.0 if s.prefill_rows else 0.0
         has_adapters = 1.0 if s.decode_adapted or s.prefill_adapters else 0.0
         return (
@@ -149,8 +150,15 @@ class StepShape:
         )
 
 
-_ROW_RANGES = tuple(zip(ROW_KNOTS, (*ROW_KNOTS[1:], math.inf), strict=True))
-_NO_ROWS = (0,) * len(_ROW_RANGES)
+_NO_ROWS = (0,) * len(ROW_KNOTS)
+
+
+@lru_cache(2**14)  # no step has more rows than the token budget
+def _row_costs(rows: int) -> tuple[int, ...]:
+    """Rows between each knot and the next."""
+    return tuple(max(0, min(rows, end) - start) for start, end in zip(ROW_KNOTS, (*ROW_KNOTS[1:], rows), strict=True))
+
+
 FEATURES = (
     "step",
     "has_prefill",
@@ -184,6 +192,9 @@ FEATURES = (
 HOST = FEATURES.index("host_train_step")
 """From here on they are of the host's time, before that of the device's."""
 
+TRAIN = FEATURES.index("train_forward")
+"""From here on they are of training."""
+
 _CONTEXT, _LAYERS = FEATURES.index("decode_context"), FEATURES.index("train_layers")
 
 
@@ -206,16 +217,24 @@ class StepTimeModel:
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of the step."""
-        terms = list(map(mul, self.weights, shape.features()))
-        return self.correction * float(max(sum(terms[:HOST]), sum(terms[HOST:])))
+        return self.seconds(self.served(shape), shape.train_forward, shape.train_backward, shape.train_layers)
+
+    def served(self, shape: StepShape) -> float:
+        """The device's seconds for what the step serves, uncorrected: with it, `seconds` tells of any training."""
+        return float(sum(map(mul, self.weights[:TRAIN], shape.features())))
+
+    def seconds(self, served: float, forward: int = 0, backward: int = 0, layers: int = 0) -> float:
+        """Of a step with so much training beside, which are StepShape's train_forward and so on."""
+        per_forward, per_backward, per_layer, host, host_per_layer = self.weights[TRAIN:]
+        device = served + per_forward * forward + per_backward * backward + per_layer * layers
+        return self.correction * (max(device, host + host_per_layer * layers) if layers else device)
 
     def growth(self, shape: StepShape) -> float:
         """Seconds by which each following step is longer while the same rows decode."""
         return self.correction * self.weights[_CONTEXT] * shape.decode_rows
 
-    def refine(self, shape: StepShape, seconds: float) -> None:
+    def refine(self, predicted: float, seconds: float) -> None:
         """Move the correction a little towards what a step really took; one outlier moves it by 1.4 % at most."""
-        predicted = self.predict(shape)
         if predicted > 0 and seconds > 0:
             self.correction *= min(2.0, max(0.5, seconds / predicted)) ** REFINE_RATE
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 
 from multigraft.core.batch import Batch, TrainPart
 from multigraft.core.config import TrainingConfig
@@ -27,6 +28,8 @@ MEMORY = 256
 LOOK_AGAIN = 64
 """So many times in a row no layer fits into the time that is left: then one is granted nevertheless. What it takes may
 have been learned while the machine was slow, and nothing else would tell."""
+
+_served = attrgetter(*(field.name for field in fields(StepShape)[:-4]))  # all but the training
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +78,29 @@ class TrainingShare:
 
     def grant(self, batch: Batch, work: TrainWork | None, num_waiting: int) -> TrainPart | None:
         """The part of `work` for a step that has `batch` to do; None when no time is left for any."""
-        if work is None:
-            return None
+        return None if work is None else self.part(StepShape.of(batch), work, num_waiting)
+
+    def part(self, shape: StepShape, work: TrainWork, num_waiting: int) -> TrainPart | None:
+        """As grant, for a step that serves what `shape` says."""
         if self.model is None or not self._knows_training:
             return work.part(1)
-        model, shape = self.model, StepShape.of(batch)
-        served = model.predict(shape)
-        idle = not batch.spans and not num_waiting
+        model, rows, forward = self.model, work.rows, work.forward
+        device = model.served(shape)
+        served = model.seconds(device)
+
+        def seconds(layers: int) -> float:
+            ahead = min(layers, forward)
+            return model.seconds(device, rows * ahead, rows * (layers - ahead), layers)
+
+        idle = not shape.prefill_rows and not shape.decode_rows and not num_waiting
         due, most = self._due(shape, served, num_waiting)
         priority = 1.0 if idle else self.config.train_priority
         spare = self._spare if shape.decode_rows else 0.0
         limit = served + min(priority * (due + spare), most)
-        low, high = 0, work.forward + work.backward  # the largest part within the limit, by bisection
+        low, high = 0, forward + work.backward  # the largest part within the limit, by bisection
         while low < high:
             middle = (low + high + 1) // 2
-            if model.predict(with_part(shape, work.part(middle))) <= limit:
+            if seconds(middle) <= limit:
                 low = middle
             else:
                 high = middle - 1
@@ -98,7 +109,7 @@ class TrainingShare:
         if self._refused >= LOOK_AGAIN:
             self._refused, layers = 0, 1
         part = work.part(layers) if layers else None
-        granted = 0.0 if part is None else max(0.0, model.predict(with_part(shape, part)) - served)
+        granted = max(0.0, seconds(layers) - served) if layers else 0.0
         self.granted_seconds += granted
         if shape.decode_rows:
             self._overrun(granted - priority * due)
@@ -122,8 +133,9 @@ class TrainingShare:
         """A step of this shape took so long."""
         if seconds <= 0:
             return
-        if self.model is not None and self._knows_training and shape.decode_rows:
-            self._overrun(seconds - self.model.predict(shape))
+        predicted = 0.0 if self.model is None else self.model.predict(shape)
+        if self._knows_training and shape.decode_rows:
+            self._overrun(seconds - predicted)
         self._seen[shape.prefill_rows + shape.decode_rows > 0, shape.train_layers > 0].append((shape, seconds))
         self._until_fit -= 1
         learns = not self._knows_training and self._num_backward() >= FIRST_FIT
@@ -131,18 +143,15 @@ class TrainingShare:
             self.model = StepTimeModel.fit(*zip(*chain.from_iterable(self._seen.values()), strict=True))
             self._until_fit, self._knows_training = REFIT, self._num_backward() >= FIRST_FIT
         elif self.model is not None:
-            self.model.refine(shape, seconds)
+            self.model.refine(predicted, seconds)
 
     def _num_backward(self) -> int:
         return sum(shape.train_backward > 0 for shape, _ in chain.from_iterable(self._seen.values()))
 
 
-def with_part(shape: StepShape, part: TrainPart) -> StepShape:
-    """The shape of a step that does the part beside."""
-    return replace(
-        shape,
-        train_rows=part.rows,
-        train_forward=part.rows * part.forward,
-        train_backward=part.rows * part.backward,
-        train_layers=part.forward + part.backward,
-    )
+def with_part(shape: StepShape, part: TrainPart | None) -> StepShape:
+    """The shape of a step that does the part beside, or trains nothing."""
+    if part is None:
+        return StepShape(*_served(shape))
+    rows, layers = part.rows, part.forward + part.backward
+    return StepShape(*_served(shape), rows, rows * part.forward, rows * part.backward, layers)

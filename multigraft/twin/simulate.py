@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Protocol
 
-from multigraft.core.batch import AdapterMove, Batch, Phase
+from multigraft.core.batch import AdapterMove, Batch, Phase, TrainPart
 from multigraft.core.config import fetch_threads
 from multigraft.core.errors import MultigraftError
 from multigraft.core.request import AdapterRef, FinishReason, Request, SamplingParams
@@ -22,7 +22,7 @@ from multigraft.scheduling.residency import Residency
 from multigraft.scheduling.scheduler import Scheduler
 from multigraft.scheduling.steady import decode_batch, skip, steady_steps
 from multigraft.scheduling.steptime import StepShape
-from multigraft.scheduling.training import TrainingShare
+from multigraft.scheduling.training import TrainingShare, TrainWork, with_part
 
 from .loads import HostMemory
 from .profile import Deployment, Profile
@@ -52,10 +52,10 @@ class Timing(Protocol):
 class _Flight:
     """A step whose results are still to be delivered."""
 
-    seconds: float
-    """Until the results are there."""
     decodes: int
     """Rows that decode."""
+    seconds: float = 0.0
+    """Until the results are there."""
     sampled: list[Served] = field(default_factory=list)
     """Those whose prompt ended in it, or was computed again up to its end."""
     ended: list[Served] = field(default_factory=list)
@@ -140,7 +140,7 @@ class Twin:
             self._arrive()
             self._finish_loads()
             work = self.training.work(self.now)
-            if work is not None or not self._skip():
+            if not self._skip(work):
                 batch = self.scheduler.schedule(work)
                 if self.on_batch is not None:
                     self.on_batch(batch)
@@ -183,19 +183,11 @@ class Twin:
             self._pause(request)
 
     def _launch(self, batch: Batch, timed: bool) -> _Flight:
-        flight = _Flight(0.0, len(batch.spans))
+        flight = _Flight(len(batch.spans))
         if self.timing is None:
             shape = StepShape.of(batch)
+            self._take_time(flight, shape, batch.train)
             flight.shape = shape if timed else None
-            flight.seconds = seconds = self.profile.steps.predict(shape)
-            if batch.train is not None:
-                # Where steps overlap, training runs on its own behind them; elsewhere forward rows ride along.
-                ahead = 0 if self.profile.overlap else batch.train.forward
-                until_results = replace(
-                    shape, train_forward=ahead * batch.train.rows, train_backward=0, train_layers=ahead
-                )
-                flight.seconds = self.profile.steps.predict(until_results)
-                flight.afterwards = seconds - flight.seconds
         for span in batch.spans:
             if span.phase is Phase.DECODE:
                 break  # the last phase
@@ -207,6 +199,18 @@ class Twin:
                 flight.sampled.append(served)
         self.record.steps += 1  # type: ignore[operator]
         return flight
+
+    def _take_time(self, flight: _Flight, shape: StepShape, train: TrainPart | None) -> None:
+        model = self.profile.steps
+        served = model.served(shape)
+        if train is None:
+            flight.seconds = model.seconds(served)
+            return
+        # Where steps overlap, training runs on its own behind them; elsewhere forward rows ride along.
+        ahead = 0 if self.profile.overlap else train.forward
+        flight.seconds = model.seconds(served, ahead * train.rows, 0, ahead)
+        seconds = model.seconds(served, shape.train_forward, shape.train_backward, shape.train_layers)
+        flight.afterwards = seconds - flight.seconds
 
     def _finish(self, request: Request) -> None:
         self.scheduler.finish(request, FinishReason.LENGTH)
@@ -249,8 +253,9 @@ class Twin:
         if request.num_output and served.last is None:
             served.last = self._delivered
 
-    def _skip(self) -> bool:
-        """Run at once the steps up to the next event that only decode; False when there are none."""
+    def _skip(self, work: TrainWork | None) -> bool:
+        """Run at once the steps up to the next event that only decode, and train if there is work; False when there are
+        none."""
         if self.timing is not None or self.on_batch is not None:
             return False
         steps = steady_steps(self.scheduler)
@@ -258,11 +263,22 @@ class Twin:
             return False
         spans = decode_batch(self.scheduler).spans
         ending = [span.request for span in spans if span.request.max_len - len(span.request.tokens) == steps]
-        model, shape = self.profile.steps, StepShape.of(Batch(spans=spans))
+        model, share, shape = self.profile.steps, self.scheduler.training, StepShape.of(Batch(spans=spans))
         seconds, growth = model.predict(shape), model.growth(shape)
-        event, done = self._next_event(), 0
+        trains, event, done = work is not None, self._next_event(), 0
         while done < steps and self.now < event and not self._host.done:
-            flight = _Flight(seconds + done * growth, len(spans))
+            flight = _Flight(len(spans), seconds + done * growth)
+            if trains:
+                work = self.training.work(self.now)
+                if work is None:
+                    break
+                part = share.part(shape, work, self.scheduler.num_waiting)
+                flight.shape = with_part(shape, part)
+                self._take_time(flight, flight.shape, part)
+                if part is not None:
+                    self.training.run(part)
+                shape = with_part(shape, None)
+                shape.decode_context += len(spans)
             done += 1
             if done == steps:
                 flight.ended = [self._served(request) for request in ending]

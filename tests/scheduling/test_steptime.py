@@ -176,10 +176,10 @@ def test_refine_follows_a_slower_machine_but_not_one_outlier() -> None:
     model = StepTimeModel((1.0,) * len(FEATURES))
     shape = StepShape(decode_rows=1, samples=1)
     was = model.predict(shape)
-    model.refine(shape, was * 1000)
+    model.refine(was, was * 1000)
     assert was < model.predict(shape) < was * 1.02
     for _ in range(500):
-        model.refine(shape, was * 1.3)
+        model.refine(model.predict(shape), was * 1.3)
     assert model.predict(shape) == pytest.approx(was * 1.3, rel=0.01)
 
 

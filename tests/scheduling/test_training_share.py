@@ -31,9 +31,15 @@ class Model:
     """1 ms a decode row, 0.1 ms a prompt row, 4 ms a layer of training."""
 
     def predict(self, shape: StepShape) -> float:
-        return 1e-3 * shape.decode_rows + 1e-4 * shape.prefill_rows + 4e-3 * shape.train_layers
+        return self.seconds(self.served(shape), layers=shape.train_layers)
 
-    def refine(self, shape: StepShape, seconds: float) -> None: ...
+    def served(self, shape: StepShape) -> float:
+        return 1e-3 * shape.decode_rows + 1e-4 * shape.prefill_rows
+
+    def seconds(self, served: float, forward: int = 0, backward: int = 0, layers: int = 0) -> float:
+        return served + 4e-3 * layers
+
+    def refine(self, predicted: float, seconds: float) -> None: ...
 
 
 def batch(decodes: int = 0, prompt: int = 0) -> Batch:
@@ -192,8 +198,8 @@ def test_training_that_looks_too_long_is_tried_again_now_and_then() -> None:
     one."""
 
     class Slow(Model):
-        def predict(self, shape: StepShape) -> float:
-            return super().predict(shape) + (0.1 if shape.train_layers else 0.0)
+        def seconds(self, served: float, forward: int = 0, backward: int = 0, layers: int = 0) -> float:
+            return super().seconds(served, layers=layers) + (0.1 if layers else 0.0)
 
     s = TrainingShare(TrainingConfig(), Slow())  # type: ignore[arg-type]
     granted = [layers(s.grant(batch(decodes=65), WORK, 0)) for _ in range(3 * training.LOOK_AGAIN)]
