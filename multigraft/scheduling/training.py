@@ -23,6 +23,9 @@ training alone, since the next request may arrive at its beginning."""
 FIRST_FIT, REFIT = 24, 96
 """Observed steps before the first fit of the step-time model, and between the later ones; the former also of steps that
 train backward, which come after the forward ones, before more than a layer is granted."""
+FAMILIAR = 0.03
+"""Mean relative error since the last fit up to which the model stays: nothing has come that it does not know. Saves an
+engine that is this even the time of a fit, and the twin most of its own."""
 MEMORY = 256
 """Latest steps that a fit looks at, of those that only serve, of those that only train, and of those that do both."""
 LOOK_AGAIN = 64
@@ -56,9 +59,9 @@ class TrainingShare:
     to the target itself, and what one took beyond what was predicted, they give back. A step with prompts may be
     lengthened by PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that.
     Without requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps
-    observed and fit again as more of them come, so that both the engine's and the twin's decisions follow from what
-    they saw; before it has been fit to steps with training of both directions, a part is a single layer: what it has
-    not seen, it takes for free.
+    observed and fit again when later ones err by more than FAMILIAR, so that both the engine's and the twin's decisions
+    follow from what they saw; before it has been fit to steps with training of both directions, a part is a single
+    layer: what it has not seen, it takes for free.
     """
 
     def __init__(self, config: TrainingConfig, model: StepTimeModel | None = None):
@@ -74,6 +77,8 @@ class TrainingShare:
         """By whether they served and whether they trained: kept apart, so that a long time of one kind does not make
         the others look free."""
         self._until_fit = FIRST_FIT
+        self._error = 0.0
+        """Sum of the relative errors of the steps since the last fit."""
         self._knows_training = model is not None
 
     def grant(self, batch: Batch, work: TrainWork | None, num_waiting: int) -> TrainPart | None:
@@ -139,9 +144,13 @@ class TrainingShare:
         self._seen[shape.prefill_rows + shape.decode_rows > 0, shape.train_layers > 0].append((shape, seconds))
         self._until_fit -= 1
         learns = not self._knows_training and self._num_backward() >= FIRST_FIT
+        self._error += abs(predicted / seconds - 1)
+        if self._until_fit <= 0 and self._knows_training and self._error <= FAMILIAR * REFIT:
+            self._until_fit, self._error = REFIT, 0.0
         if self._until_fit <= 0 or learns:
             self.model = StepTimeModel.fit(*zip(*chain.from_iterable(self._seen.values()), strict=True))
-            self._until_fit, self._knows_training = REFIT, self._num_backward() >= FIRST_FIT
+            self._until_fit, self._error = REFIT, 0.0
+            self._knows_training = self._num_backward() >= FIRST_FIT
         elif self.model is not None:
             self.model.refine(predicted, seconds)
 
@@ -153,5 +162,10 @@ def with_part(shape: StepShape, part: TrainPart | None) -> StepShape:
     """The shape of a step that does the part beside, or trains nothing."""
     if part is None:
         return StepShape(*_served(shape))
-    rows, layers = part.rows, part.forward + part.backward
-    return StepShape(*_served(shape), rows, rows * part.forward, rows * part.backward, layers)
+    return StepShape(
+        *_served(shape),
+        train_rows=part.rows,
+        train_forward=part.rows * part.forward,
+        train_backward=part.rows * part.backward,
+        train_layers=part.forward + part.backward,
+    )

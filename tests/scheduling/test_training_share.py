@@ -13,7 +13,7 @@ from multigraft.core.config import TrainingConfig
 from multigraft.core.request import Request, SamplingParams
 from multigraft.scheduling import training
 from multigraft.scheduling.steptime import StepShape
-from multigraft.scheduling.training import FIRST_FIT, PROMPT_SHARE, TrainingShare, TrainWork
+from multigraft.scheduling.training import FIRST_FIT, PROMPT_SHARE, REFIT, TrainingShare, TrainWork
 from tests.scheduling.made_gpu import MadeGpu, MadePass
 
 WORK = TrainWork(rows=100, forward=30, backward=31)
@@ -191,6 +191,29 @@ def test_single_layers_until_the_first_fit() -> None:
         s.observe(StepShape(decode_rows=3, samples=3, train_rows=100, train_forward=100 * i, train_layers=i), 0.01)
     assert s.model is not None and s.granted_seconds == 0.0
     assert s.grant(batch(decodes=3), None, 0) is None
+
+
+def test_a_model_is_fit_again_when_it_errs_and_only_then() -> None:
+    s = TrainingShare(TrainingConfig())
+
+    def observe(steps: int, per_layer: float) -> None:
+        for i in range(steps):
+            decodes, layers = 1 + i % 5, 1 + i % 3
+            shape = StepShape(
+                decode_rows=decodes, samples=decodes, train_rows=100, train_backward=100 * layers, train_layers=layers
+            )
+            s.observe(shape, (0.02 + 0.001 * decodes + per_layer * layers) * (1.02 if i % 2 else 0.98))
+
+    observe(FIRST_FIT, 0.01)
+    model = s.model
+    assert model is not None
+    observe(5 * REFIT, 0.01)
+    assert s.model is model
+    observe(2 * REFIT, 0.02)
+    assert s.model is not model
+    observe(2 * training.MEMORY, 0.02)
+    shape = StepShape(decode_rows=2, samples=2, train_rows=100, train_backward=300, train_layers=3)
+    assert s.model.predict(shape) == pytest.approx(0.082, rel=0.03)
 
 
 def test_training_that_looks_too_long_is_tried_again_now_and_then() -> None:

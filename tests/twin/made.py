@@ -26,8 +26,27 @@ def profile(*, overlap: bool = False, loads: LoadTimes | None = None, **weights:
 
 LOADS = LoadTimes(fetch=0.02, fetch_per_byte=1e-9, copy=0.001)
 PROFILES = (
-    profile(overlap=True, loads=LOADS, step=0.006, has_prefill=0.004, rows_from_64=1e-5, decode_context=4e-8),
-    profile(loads=LOADS, step=0.02, rows_from_0=1e-3, rows_from_16=5e-4, rows_from_64=2e-4, decode_context=4e-6),
+    profile(
+        overlap=True,
+        loads=LOADS,
+        step=0.006,
+        has_prefill=0.004,
+        rows_from_64=1e-5,
+        decode_context=4e-8,
+        train_forward=1e-6,
+        train_backward=2.5e-6,
+        host_train_layers=2e-3,
+    ),
+    profile(
+        loads=LOADS,
+        step=0.02,
+        rows_from_0=1e-3,
+        rows_from_16=5e-4,
+        rows_from_64=2e-4,
+        decode_context=4e-6,
+        train_forward=3e-5,
+        train_backward=6e-5,
+    ),
 )
 """Of a GPU's kind and of a CPU's."""
 

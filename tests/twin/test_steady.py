@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
+from multigraft.core.batch import Batch
 from multigraft.core.config import SchedulerConfig
 from multigraft.twin.profile import Deployment
 from multigraft.twin.record import Record
 from multigraft.twin.simulate import simulate
+from multigraft.twin.workload import TrainingJob
 from tests.twin.made import PROFILES, poisson
 
 
@@ -18,11 +21,16 @@ def times(record: Record) -> list[float]:
     return [t for s in record.served for t in (s.started, s.first, s.last) if t is not None]
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_skipping_changes_nothing(seed: int) -> None:
+def test_skipping_changes_nothing(seed: int, trains: bool) -> None:
     rng = random.Random(seed)
     num = rng.choice([1, 4, 30])
     workload = poisson(num, rng.choice([3, 20, 100]) / 40 / num, 40, seed, rng.choice([20, 300]), rng.choice([10, 200]))
+    if trains:
+        jobs = (("a", 10**5, 64, 1.0), ("b", 3000, 16, 3.0), ("c", 10**5, 30, 20.0))
+        jobs = tuple(TrainingJob(name=n, tokens=t, microbatch=m, start=start) for n, t, m, start in jobs)
+        workload = replace(workload, jobs=jobs)
     deployment = Deployment(
         scheduler=SchedulerConfig(
             max_num_seqs=rng.choice([4, 16, 64]),
@@ -39,12 +47,12 @@ def test_skipping_changes_nothing(seed: int) -> None:
     profile = rng.choice(PROFILES)
     quick, steps = simulate(workload, profile, deployment), 0
 
-    def count(batch: object) -> None:
+    def count(batch: Batch) -> None:
         nonlocal steps
-        steps += bool(batch)
+        steps += bool(batch or batch.train)
 
     slow = simulate(workload, profile, deployment, on_batch=count)
-    assert quick.steps == slow.steps == steps
+    assert quick.steps == slow.steps == steps and quick.train_tokens == slow.train_tokens
     assert all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) for a, b in zip(times(quick), times(slow), strict=True))
     assert [load.adapter for load in quick.loads or []] == [load.adapter for load in slow.loads or []]
     assert quick.preemptions == slow.preemptions
