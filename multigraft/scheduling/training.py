@@ -160,12 +160,8 @@ class TrainingShare:
 
 def with_part(shape: StepShape, part: TrainPart | None) -> StepShape:
     """The shape of a step that does the part beside, or trains nothing."""
-    if part is None:
-        return StepShape(*_served(shape))
-    return StepShape(
-        *_served(shape),
-        train_rows=part.rows,
-        train_forward=part.rows * part.forward,
-        train_backward=part.rows * part.backward,
-        train_layers=part.forward + part.backward,
-    )
+    training: tuple[int, ...] = ()
+    if part is not None:
+        rows, layers = part.rows, part.forward + part.backward
+        training = (rows, rows * part.forward, rows * part.backward, layers)
+    return StepShape(*_served(shape), *training)
