@@ -37,8 +37,8 @@ SLOTS = 64
 """Adapters on the device while calibrating, unless the configuration asks for more."""
 RANK_SUM = 256
 """Of the adapters of one rank: 32 of rank 8, 4 of rank 64."""
-LOAD_ROUNDS = 3
-"""Of which the one counts in which the machine was fastest."""
+LOAD_ROUNDS, LOAD_SECONDS = 3, 30.0
+"""At most so many, of which the one counts in which the machine was fastest; none begins after so long."""
 TRAIN_SHARE = 0.25
 """Of the measuring time that goes into steps with training."""
 TRAIN_SIZES = (16, 4, 1, 8, 2)
@@ -213,8 +213,8 @@ def _register(parts: EngineParts, folder: Path, progress: Progress) -> list[list
 
 
 def _measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]]) -> LoadTimes:
-    rounds, probes = [], []
-    for _ in range(LOAD_ROUNDS):
+    rounds, probes, begun = [], [], time.monotonic()
+    while not rounds or (len(rounds) < LOAD_ROUNDS and time.monotonic() - begun < LOAD_SECONDS):
         before = probe(runner)
         rounds.append(measure_loads(core, runner, names))
         probes.append(slower(before, probe(runner)))
