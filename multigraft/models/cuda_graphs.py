@@ -148,7 +148,7 @@ class DecodeGraphs:
                 DecodeRows(fixed["positions"][:size], fixed["indptr"][: size + 1], fixed["pages"])
             )
             for kinds in CAPTURED:
-                self.grafts.begin_fixed(tiles, self.grafts.decode_rows, kinds)
+                self.grafts.begin_fixed(tiles, size, self.grafts.decode_rows, kinds)
                 self._captured.capture(size, kinds, partial(self._forward, size))
 
 

@@ -162,5 +162,5 @@ class MixedGraphs:
             self._prepare(Batch(), Rows.of(Batch()), size)
             self.attention.begin_fixed(self._spans[size])
             for kinds in CAPTURED:
-                self.grafts.begin_fixed(tiles, PREFILL_ROWS, kinds)
+                self.grafts.begin_fixed(tiles, size, PREFILL_ROWS, kinds)
                 self._captured.capture(size, kinds, partial(self._forward, size))

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from multigraft.kernels.lora_triton import Work
 
 
+APART_ROWS = 64
+"""Captured decode steps of so many rows at most have all that adapters compute beside the base model's products, and add
+it in what follows these. More rows write and read more by that than it hides."""
+
+
 class CudaGrafts:
     """Applies the bank's adapters with the segmented kernels; implements models.graft.Grafts.
 
@@ -39,6 +44,7 @@ class CudaGrafts:
         self.decode_rows = decode_rows(max_rank)
         self.train = TrainContext(sites)
         self.active = False
+        self.apart = False
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
         self._fixed: frozenset[SiteKind] | None = None
@@ -82,32 +88,38 @@ class CudaGrafts:
                 if site.is_gate:
                     kernels.gated(y, kernels.unwritten(x, work), bank.arena, work, tiles)
 
-    def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
-        """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.
+    def begin_fixed(self, tiles: torch.Tensor, num_rows: int, block_m: int, kinds: frozenset[SiteKind]) -> None:
+        """Prepare the capture of a step of `num_rows` rows whose kernels read `tiles` (n, 3) on the device.
 
         Every site of these kinds in the decoder layers gets its kernels, whatever acts there now, and no other site.
         The tiles are to be those of all rows (kernels.tiles.BASE).
         """
         self.active = bool(kinds)
+        self.apart = SiteKind.LINEAR in kinds and block_m != PREFILL_ROWS and num_rows <= APART_ROWS
         self._body, self._head = _Tiles(tiles, block_m, [], len(tiles)), None
         self._fixed = kinds
 
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
         """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
         self.active = bool((row_slot != NO_SLOT).any())
+        self.apart = False
         self._fixed = None
         if self.active:
             self._body = _Tiles.of(row_slot, self.max_rank, self.bank.device)
             self._head = _Tiles.of(row_slot[head_rows], self.max_rank, self.bank.device)
 
-    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         tiles, where = self._tiles(site), self.sites[site]
         if tiles is None:
-            return self.train.linears[site].base(x)
+            return self.train.linears[site].base(x), None
         work = self._work(where, tiles)
+        if self.apart:
+            return side_by_side(
+                partial(self.train.linears[site].base, x), partial(self._delta, where, work, x), self._beside
+            )
         y, h = self._base_and_shrink(site, work, x)
         self._kernels.expand(y, h, self.bank.arena, work, "b", where.out_features)
-        return y
+        return y, None
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
         assert self._body is not None
@@ -125,6 +137,11 @@ class CudaGrafts:
 
     def _shrink(self, work: Work, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.shrink(x, self.bank.arena, work, "a", [x.shape[1]])
+
+    def _delta(self, site: Site, work: Work, x: torch.Tensor) -> torch.Tensor:
+        delta = x.new_empty(len(x), sum(site.out_features), dtype=torch.float32)
+        self._kernels.expand(delta, self._shrink(work, x), self.bank.arena, work, "b", site.out_features, add=False)
+        return delta
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         tiles, where = self._tiles(site), self.sites[site]
@@ -147,20 +164,20 @@ class CudaGrafts:
 
 
 def side_by_side(
-    base: Callable[[], torch.Tensor], shrink: Callable[[], torch.Tensor], beside: torch.cuda.Stream | None
+    base: Callable[[], torch.Tensor], adapters: Callable[[], torch.Tensor], beside: torch.cuda.Stream | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both return. In a captured step the GPU runs them at once, shrink on the stream `beside`: with few rows
-    either one waits for memory.
+    """What both return. In a captured step the GPU runs them at once, the adapters' kernels on the stream `beside`: with
+    few rows either one waits for memory.
 
     Elsewhere a second stream would cost more of the host's time than it spares of the GPU's.
     """
     if beside is None or not torch.cuda.is_current_stream_capturing():
-        return base(), shrink()
+        return base(), adapters()
     stream = torch.cuda.current_stream()
     beside.wait_stream(stream)
     y = base()
     with torch.cuda.stream(beside):
-        h = shrink()  # allocated for that stream, which waits for all of its readers before it has the next one
+        h = adapters()  # allocated for that stream, which waits for all of its readers before it has the next one
     stream.wait_stream(beside)
     return y, h
 

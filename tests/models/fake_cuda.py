@@ -190,12 +190,21 @@ def _attend(
 
 
 def _expand(
-    y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: lora_triton.Work, side: str, widths: Sequence[int]
+    y: torch.Tensor,
+    h: torch.Tensor,
+    arena: torch.Tensor,
+    work: lora_triton.Work,
+    side: str,
+    widths: Sequence[int],
+    *,
+    add: bool = True,
 ) -> None:
     """With x for h: all is computed here."""
 
     def kernel() -> None:
-        _check(work.tiles, len(y))
+        rows = _check(work.tiles, len(y))
+        if not add:
+            y[rows] = 0
         reference.forward(y, h, arena, work.table, work.scales, work.tiles, widths)
 
     launch(kernel)

@@ -21,7 +21,7 @@ from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.region import Ranges
 from multigraft.core.request import PENDING, Request, SamplingParams
 from multigraft.kvcache.tensors import PagedKV
-from multigraft.models import attention
+from multigraft.models import attention, segments
 from multigraft.models.cuda_graphs import DecodeGraphs, padded_sizes
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.graft import find_sites, graft
@@ -179,6 +179,7 @@ def _written(kv: PagedKV) -> torch.Tensor:
 def captured(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         fake_cuda.install(patch)
+        patch.setattr(segments, "APART_ROWS", 4)  # of 2, 4 and 8
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             yield Engine(request.param)
