@@ -228,8 +228,9 @@ def _expand_kernel(
     ADD: tl.constexpr, BASE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_M: tl.constexpr,
     DOT_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W; without ADD y = that, and zero
-    in tiles of the slot BASE and where the rank is 0."""
+    """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W.
+
+    Without ADD y = that, zero in tiles of the slot BASE and where the rank is 0."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
     if (slot < 0) & (ADD | (slot != BASE)):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 APART_ROWS = 64
-"""Captured decode steps of so many rows at most have all that adapters compute beside the base model's products, and add
-it in what follows these. More rows write and read more by that than it hides."""
+"""Captured decode steps of so many rows at most compute all of the adapters' outputs beside the base model's products, and
+add them in what follows. With more rows that writes and reads more than it hides."""
 
 
 class CudaGrafts:
@@ -166,8 +166,8 @@ class CudaGrafts:
 def side_by_side(
     base: Callable[[], torch.Tensor], adapters: Callable[[], torch.Tensor], beside: torch.cuda.Stream | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both return. In a captured step the GPU runs them at once, the adapters' kernels on the stream `beside`: with
-    few rows either one waits for memory.
+    """What both return. In a captured step the GPU runs them at once, `adapters` on the stream `beside`: with few rows
+    either one waits for memory.
 
     Elsewhere a second stream would cost more of the host's time than it spares of the GPU's.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.region import Ranges
 from multigraft.core.request import PENDING, Request, SamplingParams
+from multigraft.kernels.tiles import BASE, cut_tiles
 from multigraft.kvcache.tensors import PagedKV
 from multigraft.models import attention, segments
 from multigraft.models.cuda_graphs import DecodeGraphs, padded_sizes
@@ -262,6 +264,35 @@ def test_a_slot_gets_another_adapter(engine: Engine) -> None:
     assert engine.step(*third, late=True) is None
     assert engine.step(third[1], engine.request(5)) is engine.mixed
     assert engine.step(third[1], second[0]) is engine.decode
+
+
+def _double(module: torch.nn.Module, args: object, y: torch.Tensor) -> None:
+    y.mul_(2)
+
+
+def test_compiled_modules_add_what_comes_apart(engine: Engine) -> None:
+    """And a sum over the ranks, which changes a linear's output in place, gets it."""
+    engine.load(0, LINEARS)
+    grafts, mlp = engine.plain.grafts, engine.plain.model.get_decoder().layers[1].mlp
+    tiles = torch.from_numpy(cut_tiles(np.array([0, 0, BASE], np.int32), grafts.decode_rows))
+    x = torch.randn(1, 3, HEADS * HEAD_DIM)
+    linears, apart = frozenset({SiteKind.LINEAR}), []
+    compiled = torch.compile(mlp, backend="aot_eager", dynamic=True, fullgraph=True)
+    hook = mlp.down_proj.register_forward_hook(_double)
+    with torch.inference_mode():
+        found = []
+        for num_rows in (segments.APART_ROWS, segments.APART_ROWS + 1):
+            grafts.begin_fixed(tiles, num_rows, grafts.decode_rows, linears)
+            apart.append(grafts.apart)
+            found += [mlp(x), compiled(x)]
+        grafts.active = False
+        base = mlp(x)
+    hook.remove()
+    assert apart == [True, False]
+    for other in found[:-1]:
+        torch.testing.assert_close(other, found[-1])
+    changed = (found[-1] - base).abs().amax(dim=-1)[0]
+    assert (changed[:2] > 1e-3).all() and changed[2] < 1e-6
 
 
 def test_random_steps(engine: Engine) -> None:
