@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 APART_ROWS = 64
-"""Captured decode steps of so many rows at most compute all of the adapters' outputs beside the base model's products, and
-add them in what follows. With more rows that writes and reads more than it hides."""
+"""Captured decode steps of so many rows at most compute the adapters' outputs beside the base model's products, and add
+them in what follows. With more rows that writes and reads more than it hides."""
 
 
 class CudaGrafts:
