@@ -29,9 +29,11 @@ def steady_steps(scheduler: Scheduler) -> int:
         lanes = s._open_lanes()
         if lanes and len(running) < max_seqs:
             return 0
-        if s.config.fairness:
+        if s.config.fairness and any(t.running > s._share() for t in s._queue.tenants.values()):
             steps = min([steps, *(_steps_until_overdue(s, lane) for lane in lanes if not lane.tenant.running)])
-        if residency.overdue(MAX_BYPASS) or any(residency.fits(s._queue.lanes[u].nbytes) for u in residency.missing):
+        if residency.can_close() and residency.any_overdue(MAX_BYPASS):
+            return 0
+        if residency.fits(0) and any(residency.fits(s._queue.lanes[u].nbytes) for u in residency.missing):
             return 0
     return max(0, steps)
 
