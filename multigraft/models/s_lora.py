@@ -34,6 +34,7 @@ class SLoraCudaGrafts(CudaGrafts):
 
     def __init__(self, group: Group, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.rank_bounds = self.rank_bounds[-1:]  # every adapter is padded
         self.group = group
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from multigraft import Engine, SamplingParams
-from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch
 from multigraft.kernels.tiles import max_tiles
-from multigraft.models.cuda_graphs import CAPTURED, padded_sizes
+from multigraft.models import segments
+from multigraft.models.cuda_graphs import padded_sizes
 from multigraft.models.rows import Rows
 from multigraft.models.runner import LateTokens
+from multigraft.models.segments import StepKind
 from tests.engine.peft_cases import CASES, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
 from tests.tiny import VOCAB, build_checkpoint
@@ -50,7 +51,7 @@ class Checked:
         self.errors: list[float] = []
         self.plain_errors: list[float] = []
         self.num_mixed = 0
-        self.kinds: set[tuple[int, frozenset[SiteKind]]] = set()
+        self.kinds: set[tuple[int, StepKind]] = set()
 
     def __call__(self, batch: Batch, late: LateTokens | None = None, riding: object = None):
         graphs, mixed = self.runner.graphs, self.runner.mixed_graphs
@@ -69,13 +70,14 @@ class Checked:
             errors += ((output.logits - expected).float().norm(dim=1) / expected.float().norm(dim=1)).tolist()
         slots = {s.slot for s in batch.spans if s.slot is not None}
         if decodes:
-            self.kinds.add((len(batch.spans), self.runner.grafts.kinds(slots)))
+            self.kinds.add((len(batch.spans), graphs._captured.kind_for(self.runner.grafts.kind(slots))))
         return output
 
 
 @on_gpu
-@pytest.mark.parametrize("max_rank", [16, 64])  # either height of decode tiles
-def test_graphs_equal_plain_modules(tmp_path: Path, max_rank: int):
+@pytest.mark.parametrize("max_rank", [16, 64])  # graphs of low ranks, and of high ones, too
+def test_graphs_equal_plain_modules(tmp_path: Path, max_rank: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(segments, "APART_ROWS", 16)  # of 2 to 48
     checkpoint = build_checkpoint(
         tmp_path / "model", "llama", torch.bfloat16, hidden_size=256, head_dim=128, intermediate_size=520
     )
@@ -101,18 +103,19 @@ def test_graphs_equal_plain_modules(tmp_path: Path, max_rank: int):
         adapter_memory_gib=0.05,
         attention_backend="flashinfer",
     ) as engine:
-        checked = Checked(engine)
+        checked, graphs = Checked(engine), engine._engine.parts.runner.graphs
         rng = torch.Generator().manual_seed(0)
         prompts = [torch.randint(3, VOCAB, (3 + 5 * i % 37,), generator=rng).tolist() for i in range(45)]
         sampling = [SamplingParams(temperature=0.0, max_tokens=4 + i % 23, ignore_eos=True) for i in range(45)]
         linears = [name for name in adapters if name not in (*METHODS, "ends")]
         names = [n for pair in zip(linears, cycle(METHODS)) for n in pair] + [None]  # both kinds side by side
         mixed = [names[i % len(names)] for i in range(45)]
-        for names in ([None] * 45, mixed, [cases[1].name] * 45, ["loreft", "direft"] * 22 + [None]):
+        widest = max(cases, key=lambda c: c.config["r"]).name
+        for names in ([None] * 45, mixed, *([n] * 45 for n in ("all8", widest)), ["loreft", "direft"] * 22 + [None]):
             results = engine.generate(prompts, sampling, names)
             assert all(r.error is None for r in results)
         assert checked.num_mixed > 20
-        assert len(checked.kinds) > 20 and {kinds for _, kinds in checked.kinds} == set(CAPTURED)
+        assert len(checked.kinds) > 20 and {kind for _, kind in checked.kinds} == set(graphs._captured.kinds)
         assert median(checked.errors) < MEDIAN and max(checked.errors) < MOST, max(checked.errors)
         assert median(checked.plain_errors) < 0.05 and max(checked.plain_errors) < 2 * MOST, max(checked.plain_errors)
         before = len(checked.errors)
