@@ -145,12 +145,12 @@ class Parts:
         self._gemm_rate = self._read_gemm_rate(gemm)
         self.adapters = self._read_adapters(decode, layers)
         self.adapters_prefill = self._read_adapters(prefill)
-        # us of a site that shrink beside the base product spares a decode step
+        # us of a site that a second stream, beside the base product, spares a decode step
         spared = [row["serial_us"] - row["us"] for row in layers["rows"]]
         self.spared = sum(spared) / len(spared) / len(SITES)
         what = f"{len(SITES) * self.spared:.1f} us a layer ({min(spared):.1f} to {max(spared):.1f})"
         where = f"lora_kernels.jsonl, layer, {layers['date']} ({known_gpu(layers)})"
-        self._note("shrink beside the product spares", f"{what}: mean of {where}")
+        self._note("a stream beside the product spares", f"{what}: mean of {where}")
         self._collectives: dict[int, dict[str, tuple[list[float], list[float]]]] = {}
         self._read_collectives()
 

@@ -33,7 +33,7 @@ from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, 
 from multigraft.kernels.tiles import DECODE_ROWS as LOW_RANK_ROWS
 from multigraft.kernels.tiles import HIGH_RANK_ROWS, build_tiles, choose_block_m, decode_rows, max_tiles
 from multigraft.kernels.tiles import PREFILL_ROWS as PROMPT_ROWS
-from multigraft.models.segments import side_by_side
+from multigraft.models.segments import APART_ROWS, side_by_side
 
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -203,21 +203,34 @@ def gated_rows() -> Iterator[dict[str, Any]]:
 
 def layer_rows() -> Iterator[dict[str, Any]]:
     """What adapters add to a decoder layer's products and SwiGLU (floor: as if these were not there): one after the
-    other, and with shrink beside the product, as captured steps have it."""
-    swiglu, beside = torch.compile(lora_reference.swiglu), torch.cuda.Stream()
+    other, and in the ways of captured steps, of which `us` is the one that they take. There, what comes apart is added
+    inside of what follows any of the products; here, but for SwiGLU, in one more kernel."""
+    swiglu, beside = torch.compile(swiglu_of_sum), torch.cuda.Stream()
+    ways = {"base": None, "serial": (False, None), "shrink_beside": (False, beside), "delta_beside": (True, beside)}
     for rows, ranks in LAYERS:
         shapes = [Shape(site, rows, ranks, decode_rows(max(ranks))) for site in SITES]
         sites = [(s, Inputs.random(s), weight(s)) for _ in range(3) for s in shapes]
         graph_us([partial(swiglu, i.y) for s, i, _ in sites if s.site == "gate_up"])  # compiled before a capture
-        base, serial, fork = (
-            graph_us([partial(run_layers, sites, swiglu, stream)]) / 3 for stream in (None, False, beside)
-        )
+        us = {f"{name}_us": graph_us([partial(run_layers, sites, swiglu, way)]) / 3 for name, way in ways.items()}
+        us = {name: t if name == "base_us" else t - us["base_us"] for name, t in us.items()}
+        us["us"] = us["delta_beside_us" if rows <= APART_ROWS else "shrink_beside_us"]
+        serial, apart = (run_layers(sites[:4], swiglu, (apart, None)) for apart in (False, True))
+        error = max(relative_error(a, s.float()) for a, s in zip(apart, serial, strict=True))
         floor = sum(s.floor_us for s in shapes)
         sizes = {"kind": "layer", "rows": rows, "adapters": len(ranks), "rank": max(ranks), "floor_us": floor}
-        yield {**sizes, "base_us": base, "serial_us": serial - base, "us": fork - base, "ratio": (fork - base) / floor}
+        yield {**sizes, **us, "ratio": us["us"] / floor, "error": error}
 
 
-LAYERS = ((2, (16,)), (16, (16,) * 4), (64, (16,) * 4), (64, (8,) * 64), (256, (8,) * 64), (256, (8,) * 256))
+LAYERS = (
+    (1, (16,)),
+    (2, (16,)),
+    (16, (16,) * 4),
+    (64, (16,) * 4),
+    (64, (64,) * 4),
+    (64, (8,) * 64),
+    (256, (8,) * 64),
+    (256, (8,) * 256),
+)
 """Rows, and the adapters' ranks."""
 
 
@@ -228,28 +241,45 @@ def weight(shape: Shape) -> torch.Tensor:
 
 def run_layers(
     sites: Sequence[tuple[Shape, Inputs, torch.Tensor]],
-    swiglu: Callable[[torch.Tensor], torch.Tensor],
-    beside: torch.cuda.Stream | bool | None,
+    swiglu: Callable[..., torch.Tensor],
+    way: tuple[bool, torch.cuda.Stream | None] | None,
 ) -> list[torch.Tensor]:
-    """beside: None: no adapters; False: no second stream."""
+    """Outputs by site. way: whether all that adapters compute comes apart, and the second stream, if any; None: no
+    adapters."""
     kept = []
     for shape, i, w in sites:
         product = partial(F.linear, i.x, w)
         is_gate = shape.site == "gate_up"
-        if beside is None:
+        if way is None:
             y = product()
-            kept += [swiglu(y)] if is_gate else [y]
+            kept.append(swiglu(y) if is_gate else y)
             continue
+        apart, beside = way
         table, scales, tiles, outs, block_m, max_rank = i.tables
         work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
-        shrink = partial(lora_triton.shrink, i.x, i.arena, work, "a", [i.x.shape[1]])
-        y, h = side_by_side(product, shrink, beside or None)
-        if is_gate:
-            y = lora_triton.gated(y, h, i.arena, work, tiles)
+        y, h = side_by_side(product, partial(delta if apart else shrink, i, work), beside)
+        if apart:
+            kept.append(swiglu(y, h) if is_gate else y.add_(h))
+        elif is_gate:
+            kept.append(lora_triton.gated(y, h, i.arena, work, tiles))
         else:
             lora_triton.expand(y, h, i.arena, work, "b", outs)
-        kept += [y, h]
+            kept.append(y)
     return kept
+
+
+def swiglu_of_sum(y: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+    return lora_reference.swiglu(y if delta is None else (y + delta).to(y.dtype))
+
+
+def shrink(i: Inputs, work: lora_triton.Work) -> torch.Tensor:
+    return lora_triton.shrink(i.x, i.arena, work, "a", [i.x.shape[1]])
+
+
+def delta(i: Inputs, work: lora_triton.Work) -> torch.Tensor:
+    out = torch.empty_like(i.y, dtype=torch.float32)
+    lora_triton.expand(out, shrink(i, work), i.arena, work, "b", i.tables[3], add=False)
+    return out
 
 
 def grouped_mm_us(shape: Shape) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,14 +47,24 @@ def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site, start: int = 0
     )
 
 
+class _Use(NamedTuple):
+    """Kernels that read adapters or moved them, by their end."""
+
+    number: int
+    """Grows with time."""
+    end: torch.cuda.Event
+
+
 @dataclass(slots=True)
 class _Tenant:
     start: int
     numel: int
     sites: dict[int, SiteBlock]
     """Offsets relative to `start`."""
-    arriving: bool = False
-    """Whether a part of it has been sent to the device."""
+    after: _Use | None = None
+    """What may read or write its extent until the first part of it is sent to the device."""
+    used: _Use | None = None
+    """What read it last; None: nobody has told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +83,9 @@ class Bank:
     """Device slots for adapters. Not thread-safe: the engine's thread alone uses it.
 
     On CUDA, unloading, compaction and writing the tables are queued on the current stream. Blocks are copied by
-    Staging's threads on a stream of their own, after the work that was queued when an extent was last freed or moved,
-    and beside what was queued later: so kernels already launched see what they were launched with. No thread waits for
-    a block that moves or goes while it is copied: where a part belongs is asked when its copy is queued.
+    Staging's threads on a stream of their own, after the last use of what had its extent before, and beside what was
+    queued later: so kernels already launched see what they were launched with. No thread waits for a block that moves
+    or goes while it is copied: where a part belongs is asked when its copy is queued.
 
     arena: (capacity,) every extent.
     table: (sites, max_slots, max_members, 4) int64 on the device: (a offset, b offset, rank, c offset) of each member,
@@ -119,7 +130,9 @@ class Bank:
         self._layouts: dict[int, _Layout] = {}  # by the identity of what adapters of one config share
         self._staging = Staging.on(self.device, dtype) if self.device.type == "cuda" else None
         self._moving = threading.Lock()  # held while extents move or go, and while a part's copy to one is queued
-        self._mark_freed()
+        self._num_uses = 0
+        self._freed = self._use()
+        """The latest use of all extents that were freed or moved."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -165,7 +178,7 @@ class Bank:
             self._compact()
             start = self._extents.take(numel)
             assert start is not None
-        tenant = _Tenant(start, numel, packed.sites)
+        tenant = _Tenant(start, numel, packed.sites, after=self._freed)
         self._place(slot, tenant)
         self._generation[slot] = self.version
         self._max_rank[slot] = self._layout(packed.sites).max_rank
@@ -185,9 +198,17 @@ class Bank:
         for index in tenant.sites:
             del self._entries[index][slot]
         del self._factors[slot]
-        self._mark_freed()
+        self._free(tenant.used or self._use())
         self.version += 1
         self._generation[slot] = self.version
+
+    def used(self, slots: Iterable[int]) -> None:
+        """What was just queued on the current stream reads these slots; what is queued later does not, unless they are
+        named here again. Of a slot that was never named, everything is taken to read it."""
+        if self._staging is not None:
+            use = self._use()
+            for slot in slots:
+                self._tenants[slot].used = use
 
     def sites_of(self, slot: int) -> Collection[int]:
         """Where the slot's adapter acts; nowhere when the slot is empty."""
@@ -272,9 +293,9 @@ class Bank:
         with self._moving:
             if self._tenants.get(slot) is not tenant:
                 return None
-            if not tenant.arriving:
-                stream.follow()
-                tenant.arriving = True
+            if tenant.after is not None:
+                stream.follow(tenant.after.end)
+                tenant.after = None
             start = tenant.start + first
             return stream.copy(self.arena[start : start + part.numel()], part)
 
@@ -290,9 +311,9 @@ class Bank:
                 end += tenant.numel
             self._extents = Extents(self.capacity)
             self._extents.take(end)
-            self._mark_freed()
-            if self._staging is not None:
-                self._staging.stream.follow()  # the rest of blocks that moved while they were copied
+            self._free(moves := self._use())
+            if self._staging is not None and moves is not None:
+                self._staging.stream.follow(moves.end)  # the rest of blocks that moved while they were copied
 
     def _move(self, slot: int, tenant: _Tenant, start: int) -> None:
         # Chunk by chunk, front to back, through a copy: source and target overlap.
@@ -303,10 +324,17 @@ class Bank:
         tenant.start = start
         self._place(slot, tenant)
 
-    def _mark_freed(self) -> None:
-        """Extents were freed or moved by what is queued on the current stream."""
-        if self._staging is not None:
-            self._staging.stream.mark()
+    def _use(self) -> _Use | None:
+        """All that is queued on the current stream; None on the CPU, which has done it."""
+        if self._staging is None:
+            return None
+        self._num_uses += 1
+        return _Use(self._num_uses, self._staging.stream.now())
+
+    def _free(self, use: _Use | None) -> None:
+        """Extents are free as of the end of `use`."""
+        if use is not None and (self._freed is None or use.number > self._freed.number):
+            self._freed = use
 
     def check_integrity(self) -> None:
         """Assert that extents are disjoint and inside the arena, and that all tables agree."""

@@ -54,7 +54,6 @@ class SideStream:
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device)
-        self._mark = torch.cuda.Event()
 
     def enter(self) -> None:
         """The calling thread will copy: alone, on this stream and its device."""
@@ -68,13 +67,15 @@ class SideStream:
         event.record()
         return event
 
-    def mark(self) -> None:
-        """Mark the end of what is queued on the current stream."""
-        self._mark.record(torch.cuda.current_stream(self._stream.device))
+    def now(self) -> torch.cuda.Event:
+        """The end of what is queued on the current stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._stream.device))
+        return event
 
-    def follow(self) -> None:
-        """Copies queued from now on wait until the current stream is past the last mark."""
-        self._stream.wait_event(self._mark)
+    def follow(self, event: torch.cuda.Event) -> None:
+        """Copies queued from now on wait for it."""
+        self._stream.wait_event(event)
 
     def join(self) -> None:
         """Let the current stream wait for every copy that is queued."""

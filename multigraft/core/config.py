@@ -74,7 +74,7 @@ class AdapterConfig:
     max_loras: int = 16
     """Adapters on the device at once."""
     max_lora_rank: int = 64
-    """Largest rank that is accepted. On a GPU adapters decode faster where it is 16 or less."""
+    """Largest rank that is accepted. On a GPU steps whose adapters all have 16 at most are faster."""
     max_cpu_loras: int = 256
     """Adapters kept in host memory; the others are read from disk again when they are asked for."""
     adapter_memory_gib: float | None = None

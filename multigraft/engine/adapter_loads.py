@@ -48,7 +48,10 @@ class AdapterLoads:
             self.parts.bank.unload(slot)
         self.counters.load_started[move.ref.uid] = time.monotonic()
         future = self.parts.fetch(move)
-        future.add_done_callback(lambda f: self._post(partial(self._to_device, move, f)))
+        if future.done():  # it was in host memory: its copy need not wait for this turn's end
+            self._to_device(move, future)
+        else:
+            future.add_done_callback(lambda f: self._post(partial(self._to_device, move, f)))
 
     def finish(self) -> None:
         """Tell scheduling of the adapters that have arrived since."""

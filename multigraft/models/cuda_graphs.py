@@ -1,8 +1,9 @@
 """CUDA graphs of decode steps: a step of one row a request is one launch instead of a thousand.
 
 A graph for each of a few row counts and each set of kinds of sites that adapters act on: none, so that steps without
-adapters have no adapter operation, linears (LoRA), the residual stream (ReFT), both. None depends on which adapters
-there are: the work table lies in a fixed buffer, as do all inputs, and is filled anew for each step.
+adapters have no adapter operation, linears (LoRA), the residual stream (ReFT), both. Where ranks may be above LOW_RANK,
+steps that have such ranks take graphs of their own. None depends on which adapters there are: the work table lies in a
+fixed buffer, as do all inputs, and is filled anew for each step.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch, Phase
-from multigraft.kernels.tiles import BASE, UNUSED, cut_tiles, max_tiles
-from multigraft.models.captured import KNOWN, Captured, with_late
+from multigraft.kernels.tiles import BASE, UNUSED, cut_tiles, decode_rows, max_tiles
+from multigraft.models.captured import BOTH, KNOWN, LINEARS, NOWHERE, RESIDUALS, Captured, kinds_of, with_late
 from multigraft.models.flashinfer import DecodeRows, FlashInferBackend, gather_pages
 from multigraft.models.graph_inputs import GraphInputs
 from multigraft.models.parallel import Group
-from multigraft.models.segments import CudaGrafts
+from multigraft.models.segments import CudaGrafts, StepKind
 
 if TYPE_CHECKING:
     from multigraft.models.runner import LateTokens
 
-CAPTURED = tuple(map(frozenset, ((), (SiteKind.LINEAR,), (SiteKind.RESIDUAL,), (SiteKind.LINEAR, SiteKind.RESIDUAL))))
-"""Kinds of sites at which a graph has adapter operations."""
+CAPTURED = (NOWHERE, LINEARS, RESIDUALS, BOTH), (LINEARS, BOTH)
+"""Sites at which graphs have adapter operations: for low ranks, and for high ones. ReFT of a high rank is rare, and its
+graphs would cost some seconds of every start."""
 
 
 class DecodeGraphs:
@@ -63,7 +64,7 @@ class DecodeGraphs:
                 "positions": (np.int64, most),
                 "late_rows": (np.int64, most),
                 "indptr": (np.int32, most + 1),
-                "tiles": (np.int32, 3 * max_tiles(most, grafts.bank.max_slots, grafts.decode_rows)),
+                "tiles": (np.int32, 3 * self._num_tiles(most, decode_rows(grafts.rank_bounds[0]))),
                 "pages": (np.int32, most * -(-max_len // attention.kv.page_size)),  # most of it is not in use, nor sent
             },
             attention.kv.k.device,
@@ -71,7 +72,7 @@ class DecodeGraphs:
         dtype = attention.kv.k.dtype
         self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
-        self._captured = Captured(group)
+        self._captured = Captured(kinds_of(grafts.rank_bounds, *CAPTURED), group)
         grafts.warm_up()
         self._capture_all()
 
@@ -84,27 +85,30 @@ class DecodeGraphs:
         scored = first.request.sampling.prompt_logprobs is not None
         alone = len(batch.spans) == first.length == 1 and first.samples and not scored
         decodes = first.phase is Phase.DECODE  # phases are in order, and DECODE is the last
-        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and self._kinds(batch) is not None
+        return (decodes or alone) and len(batch.spans) <= self.sizes[-1] and self._kind(batch) is not None
 
     def run(self, batch: Batch, late: LateTokens | None = None) -> torch.Tensor:
         """(spans, vocab) logits, valid until the next run; to be called in inference mode."""
-        size = self._size(len(batch.spans))
-        self._prepare(batch, size, late)
+        size, step = self._size(len(batch.spans)), self._kind(batch)
+        assert step is not None
+        kind = self._captured.kind_for(step)
+        self._prepare(batch, size, decode_rows(kind.max_rank), late)
         if late is not None:
             self._late_tokens[: len(late.tokens)].copy_(late.tokens)
-        kinds = self._kinds(batch)
-        assert kinds is not None
-        self._captured.replay(size, kinds)
+        self._captured.replay(size, kind)
         return self._logits[: len(batch.spans)]
 
-    def _kinds(self, batch: Batch) -> frozenset[SiteKind] | None:
-        return self.grafts.kinds({span.slot for span in batch.spans if span.slot is not None})
+    def _kind(self, batch: Batch) -> StepKind | None:
+        return self.grafts.kind({span.slot for span in batch.spans if span.slot is not None})
 
     def _size(self, num_rows: int) -> int:
         return self.sizes[bisect_left(self.sizes, num_rows)]
 
-    def _prepare(self, batch: Batch, size: int, late: LateTokens | None = None) -> None:
-        """Fill the inputs for `size` rows, the batch's first, and plan attention."""
+    def _num_tiles(self, size: int, block_m: int) -> int:
+        return max_tiles(size, self.grafts.bank.max_slots, block_m)
+
+    def _prepare(self, batch: Batch, size: int, block_m: int, late: LateTokens | None = None) -> None:
+        """Fill the inputs for `size` rows, the batch's first, in tiles of block_m rows, and plan attention."""
         spans, inputs, kv = batch.spans, self._inputs, self.attention.kv
         n, p = len(spans), kv.page_size
         inputs.wait()
@@ -126,7 +130,7 @@ class DecodeGraphs:
         row_slot = np.full(size, BASE, np.int32)
         row_slot[:n] = [BASE if s.slot is None else s.slot for s in spans]
         if not spans or (row_slot != BASE).any():
-            tiles, cut = inputs["tiles"].reshape(-1, 3), cut_tiles(row_slot, self.grafts.decode_rows)
+            tiles, cut = inputs["tiles"].reshape(-1, 3), cut_tiles(row_slot, block_m)
             tiles[:, 2] = UNUSED
             tiles[: len(cut)] = cut
         inputs.send(num_pages + size - n)
@@ -140,16 +144,16 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture_all(self) -> None:
         for size in reversed(self.sizes):
-            num_tiles = max_tiles(size, self.grafts.bank.max_slots, self.grafts.decode_rows)
-            tiles = self._inputs.on_device["tiles"].view(-1, 3)[:num_tiles]
-            self._prepare(Batch(), size)
             fixed = self._inputs.on_device
             self.attention.begin_fixed(
                 DecodeRows(fixed["positions"][:size], fixed["indptr"][: size + 1], fixed["pages"])
             )
-            for kinds in CAPTURED:
-                self.grafts.begin_fixed(tiles, self.grafts.decode_rows, kinds)
-                self._captured.capture(size, kinds, partial(self._forward, size))
+            for kind in self._captured.kinds:
+                block_m = decode_rows(kind.max_rank)
+                self._prepare(Batch(), size, block_m)
+                tiles = fixed["tiles"].view(-1, 3)[: self._num_tiles(size, block_m)]
+                self.grafts.begin_fixed(tiles, size, block_m, kind)
+                self._captured.capture(size, kind, partial(self._forward, size))
 
 
 def padded_sizes(max_rows: int) -> list[int]:

@@ -6,14 +6,13 @@ adapter operation, serves all of them. A module of the tree is replaced by a `Gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import MethodType, SimpleNamespace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.library import CustomOpDef
 
 from multigraft.adapters.site import GATE, Site, SiteKind
 from multigraft.core.errors import ModelNotSupported
@@ -35,14 +34,18 @@ class Grafts(Protocol):
 
     active: bool
     """Whether any row of this step that is served is adapted."""
+    apart: bool
+    """Whether the adapters' outputs of this step come apart, for what follows the linears to add."""
     train: TrainContext
 
-    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        """(rows, sum(out)): base and adapters' outputs for x (rows, in)."""
+    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y and delta (rows, sum(out)) for x (rows, in): the base model's output, and the adapters' in float32. Or base
+        and adapters' outputs, and None: in steps that do not have them apart, and outside of the decoder layers."""
         ...
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        """(rows, width): swiglu of gate and up with the adapters' outputs for x (rows, in)."""
+        """(rows, width): swiglu of gate and up with the adapters' outputs for x (rows, in). Not in steps that have them
+        apart."""
         ...
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -55,6 +58,11 @@ class Grafts(Protocol):
 
 @torch.library.custom_op("multigraft::graft_linear", mutates_args=())
 def _linear_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> torch.Tensor:
+    return handles.lookup(handle).linear(int(site), x)[0]
+
+
+@torch.library.custom_op("multigraft::graft_linear_apart", mutates_args=())
+def _apart_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return handles.lookup(handle).linear(int(site), x)
 
 
@@ -67,6 +75,11 @@ def _gated_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> t
 @_gated_op.register_fake
 def _(x, width, handle, site):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], width)
+
+
+@_apart_op.register_fake
+def _(x, width, handle, site):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], width, dtype=torch.float32)
 
 
 @torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
@@ -91,21 +104,28 @@ class GraftPoint:
             return trained_linear(x.flatten(0, -2), width, self.handle, self.site_tensor).view(*x.shape[:-1], width)
         if not self.grafts.active:
             return siblings.base(x)
-        return self._served(_linear_op, self.grafts.linear, x, width)
+        rows, delta = x.flatten(0, -2), None
+        if not torch.compiler.is_compiling():
+            y, delta = self.grafts.linear(self.site, rows)
+        elif self.grafts.apart:
+            y, delta = _apart_op(rows, width, self.handle, self.site_tensor)
+        else:
+            y = _linear_op(rows, width, self.handle, self.site_tensor)
+        if delta is not None:
+            y.add_(delta)  # in float32, then rounded; compiled, it is part of what follows
+        return y.view(*x.shape[:-1], width)
 
     def gated(self, siblings: SiblingLinears, x: torch.Tensor) -> torch.Tensor:
         """SwiGLU (..., width) of the gate and up projections of x (..., in) with the adapters' outputs."""
-        if not self.grafts.active or self.grafts.train.active:
+        grafts = self.grafts
+        if not grafts.active or grafts.train.active or grafts.apart:
             return swiglu(self.linear(siblings, x))
-        return self._served(_gated_op, self.grafts.gated, x, sum(siblings.out_features) // 2)
-
-    def _served(
-        self, op: CustomOpDef, method: Callable[[int, torch.Tensor], torch.Tensor], x: torch.Tensor, width: int
-    ) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        compiling = torch.compiler.is_compiling()
-        y = op(rows, width, self.handle, self.site_tensor) if compiling else method(self.site, rows)
-        return y.view(*x.shape[:-1], width)
+        rows, width = x.flatten(0, -2), sum(siblings.out_features) // 2
+        if torch.compiler.is_compiling():
+            z = _gated_op(rows, width, self.handle, self.site_tensor)
+        else:
+            z = grafts.gated(self.site, rows)
+        return z.view(*x.shape[:-1], width)
 
     def residual(self, h: torch.Tensor) -> torch.Tensor:
         """The residual stream (..., hidden) after the adapters: h itself, changed, unless it is to have a gradient."""

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from multigraft.adapters.site import SiteKind
 from multigraft.core.batch import Batch
 from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, cut_tiles
-from multigraft.models.captured import KNOWN, Captured, with_late
+from multigraft.models.captured import BOTH, KNOWN, LINEARS, NOWHERE, Captured, kinds_of, with_late
 from multigraft.models.flashinfer import FixedSpans, FlashInferBackend
 from multigraft.models.graph_inputs import GraphInputs
 from multigraft.models.parallel import Group
 from multigraft.models.rows import NO_SLOT, Rows
-from multigraft.models.segments import CudaGrafts
+from multigraft.models.segments import CudaGrafts, StepKind
 
 if TYPE_CHECKING:
     from multigraft.models.runner import LateTokens
@@ -32,8 +31,9 @@ SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 """Rows to capture. Larger steps keep the GPU busy for longer than their launches take the host."""
 LONG = 8192
 """Positions from which on a request's attention is worth splitting among processors, which captured steps do not."""
-CAPTURED = tuple(map(frozenset, ((), (SiteKind.LINEAR,), (SiteKind.LINEAR, SiteKind.RESIDUAL))))
-"""Kinds of sites at which a graph has adapter operations; a step takes the first that has all it needs."""
+CAPTURED = (NOWHERE, LINEARS, BOTH), (BOTH,)
+"""Sites at which graphs have adapter operations: for low ranks, and for high ones. Beside prompts it costs little to
+launch the kernels of one more site a layer for nothing."""
 
 
 class MixedGraphs:
@@ -82,7 +82,7 @@ class MixedGraphs:
         self._spans = {n: FixedSpans.make(self._num_spans(n), pages, kv_rows[:n]) for n in self.sizes}
         self._logits = torch.empty(max_spans, vocab_size, dtype=dtype, device=device)
         self._late_tokens = torch.zeros(max_spans, dtype=torch.int64, device=device)
-        self._captured = Captured(group)
+        self._captured = Captured(kinds_of(grafts.rank_bounds, *CAPTURED), group)
         self._capture_all()
 
     def covers(self, batch: Batch, rows: Rows) -> bool:
@@ -93,7 +93,7 @@ class MixedGraphs:
             and not rows.scored
             and rows.positions.max() < LONG
             and np.count_nonzero(np.diff(rows.slots)) + 2 <= self._max_segments
-            and self._kinds(batch) is not None
+            and self._kind(batch) is not None
         )
 
     def run(self, batch: Batch, rows: Rows, late: LateTokens | None = None) -> torch.Tensor:
@@ -102,14 +102,13 @@ class MixedGraphs:
         self._prepare(batch, rows, size, late)
         if late is not None:
             self._late_tokens[: len(late.tokens)].copy_(late.tokens)
-        kinds = self._kinds(batch)
-        assert kinds is not None
-        self._captured.replay(size, kinds)
+        step = self._kind(batch)
+        assert step is not None
+        self._captured.replay(size, self._captured.kind_for(step))
         return self._logits[: len(rows.sampled)]
 
-    def _kinds(self, batch: Batch) -> frozenset[SiteKind] | None:
-        kinds = self.grafts.kinds({span.slot for span in batch.spans if span.slot is not None})
-        return None if kinds is None else next(c for c in CAPTURED if kinds <= c)
+    def _kind(self, batch: Batch) -> StepKind | None:
+        return self.grafts.kind({span.slot for span in batch.spans if span.slot is not None})
 
     def _num_tiles(self, size: int) -> int:
         return size // PREFILL_ROWS + min(size, self._max_segments)
@@ -161,6 +160,6 @@ class MixedGraphs:
             tiles = self._inputs.on_device["tiles"].view(-1, 3)[: self._num_tiles(size)]
             self._prepare(Batch(), Rows.of(Batch()), size)
             self.attention.begin_fixed(self._spans[size])
-            for kinds in CAPTURED:
-                self.grafts.begin_fixed(tiles, PREFILL_ROWS, kinds)
-                self._captured.capture(size, kinds, partial(self._forward, size))
+            for kind in self._captured.kinds:
+                self.grafts.begin_fixed(tiles, size, PREFILL_ROWS, kind)
+                self._captured.capture(size, kind, partial(self._forward, size))

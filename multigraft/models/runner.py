@@ -75,6 +75,14 @@ class Runner:
         """
         if self.announce is not None:
             self.announce(batch, late)
+        try:
+            return self._execute(batch, late, riding)
+        finally:
+            self.grafts.bank.used({span.slot for span in batch.spans if span.slot is not None})
+
+    def _execute(
+        self, batch: Batch, late: LateTokens | None, riding: AbstractContextManager[None] | None
+    ) -> StepOutput:
         alone = riding is None
         if alone and self.graphs is not None and self.graphs.covers(batch):
             return StepOutput(logits=self.graphs.run(batch, late), num_sampled=len(batch.spans), scored=[])

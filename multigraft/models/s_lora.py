@@ -34,6 +34,7 @@ class SLoraCudaGrafts(CudaGrafts):
 
     def __init__(self, group: Group, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.rank_bounds = self.rank_bounds[-1:]  # every adapter is padded
         self.group = group
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -51,12 +52,16 @@ class SLoraCudaGrafts(CudaGrafts):
         widths = [stop - start for start, stop in where.b_features]
         self._kernels.expand(y[:, first : first + sum(widths)], h, bank.arena, work_b, "b", widths)
 
-    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+    def begin_fixed(self, *args: Any) -> None:
+        super().begin_fixed(*args)
+        self.apart = False  # ranks exchange between the kernels
+
+    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not exchanges(self.sites[site]):
             return super().linear(site, x)
         y = self.train.linears[site].base(x)
         self.add(site, y, x)
-        return y
+        return y, None
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        return swiglu(self.linear(site, x)) if exchanges(self.sites[site]) else super().gated(site, x)
+        return swiglu(self.linear(site, x)[0]) if exchanges(self.sites[site]) else super().gated(site, x)

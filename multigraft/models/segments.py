@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
-from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows
+from multigraft.kernels.tiles import BASE, LOW_RANK, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows
 from multigraft.kernels.train import embedding_forward
 from multigraft.kvcache.transfer import upload
 from multigraft.models.rows import NO_SLOT
@@ -20,6 +20,24 @@ from multigraft.models.train_rows import TrainContext
 
 if TYPE_CHECKING:
     from multigraft.kernels.lora_triton import Work
+
+
+APART_ROWS = 64
+"""Captured decode steps of so many rows at most compute the adapters' outputs beside the base model's products, and add
+them in what follows. With more rows that writes and reads more than it hides."""
+
+
+class StepKind(NamedTuple):
+    """What the kernels of a step are chosen by, of the adapters in it."""
+
+    sites: frozenset[SiteKind]
+    """Kinds of those, inside the decoder layers, where adapters act."""
+    max_rank: int
+    """One of CudaGrafts.rank_bounds."""
+
+    def holds(self, other: StepKind) -> bool:
+        """Whether kernels chosen for this kind also serve steps of the other."""
+        return other.sites <= self.sites and other.max_rank <= self.max_rank
 
 
 class CudaGrafts:
@@ -35,79 +53,96 @@ class CudaGrafts:
         self.sites = list(sites)
         self.bank = bank
         self.head_sites = {s.index for s in sites if head in s.members}
-        self.max_rank = max_rank
-        self.decode_rows = decode_rows(max_rank)
+        self.rank_bounds = (LOW_RANK, max_rank) if max_rank > LOW_RANK else (max_rank,)
         self.train = TrainContext(sites)
         self.active = False
+        self.apart = False
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
         self._fixed: frozenset[SiteKind] | None = None
-        self._kinds: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
+        self._sites: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
         self._kernels = lora_triton
         self._beside = torch.cuda.Stream(bank.device) if bank.device.type == "cuda" else None
 
-    def kinds(self, slots: Iterable[int]) -> frozenset[SiteKind] | None:
-        """The kinds of sites, inside the decoder layers, where the slots' adapters act; None when one of them acts
-        outside, on the embedding or the output head."""
+    def kind(self, slots: Collection[int]) -> StepKind | None:
+        """Of a step with the slots' adapters; None when one of them acts outside of the decoder layers, on the
+        embedding or the output head."""
         found: frozenset[SiteKind] = frozenset()
         for slot in slots:
-            generation, kinds = self._kinds.get(slot, (-1, None))
+            generation, sites = self._sites.get(slot, (-1, None))
             if generation != self.bank.generation(slot):
                 where = self.bank.sites_of(slot)
                 outside = any(i in self.head_sites or self.sites[i].kind is SiteKind.EMBEDDING for i in where)
-                kinds = None if outside else frozenset(self.sites[i].kind for i in where)
-                self._kinds[slot] = self.bank.generation(slot), kinds
-            if kinds is None:
+                sites = None if outside else frozenset(self.sites[i].kind for i in where)
+                self._sites[slot] = self.bank.generation(slot), sites
+            if sites is None:
                 return None
-            found |= kinds
-        return found
+            found |= sites
+        return StepKind(found, self._bound(slots))
+
+    def _bound(self, slots: Iterable[int]) -> int:
+        """The least of rank_bounds for the slots' adapters. (Under tensor parallelism ranks may differ in it: a
+        block-diagonal adapter whose blocks they cannot share evenly has more ranks on some.)"""
+        most, bounds = max(map(self.bank.max_rank, slots), default=0), self.rank_bounds
+        return bounds[0] if most <= bounds[0] else bounds[-1]
 
     def warm_up(self) -> None:
         """Compile every kernel of the decoder layers, so that no request waits for it: steps that no graph covers take
         other ones than the graphs of some sizes."""
         bank, kernels = self.bank, self._kernels
         unused = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
+        tilings = [
+            (max_rank, block_m, num_tiles)
+            for max_rank in self.rank_bounds
+            for block_m, num_tiles in (
+                (decode_rows(max_rank), 1),
+                (decode_rows(max_rank), kernels.MANY_TILES),
+                (PREFILL_ROWS, 1),
+            )
+        ]
         body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
         for site in {(s.in_features, s.out_features): s for s in body}.values():
             x = bank.arena.new_zeros(2, site.in_features)
             y = bank.arena.new_zeros(2, sum(site.out_features))
-            for block_m, num_tiles in (
-                (self.decode_rows, 1),
-                (self.decode_rows, kernels.MANY_TILES),
-                (PREFILL_ROWS, 1),
-            ):
+            for max_rank, block_m, num_tiles in tilings:
                 tiles = unused.repeat(num_tiles, 1)
-                work = self._work(site, _Tiles(tiles, block_m, [], num_tiles))
+                work = self._work(site, _Tiles(tiles, block_m, max_rank, [], num_tiles))
                 kernels.forward(y, x, bank.arena, work, site.out_features)
                 if site.is_gate:
                     kernels.gated(y, kernels.unwritten(x, work), bank.arena, work, tiles)
 
-    def begin_fixed(self, tiles: torch.Tensor, block_m: int, kinds: frozenset[SiteKind]) -> None:
-        """Prepare the capture of a step whose kernels read `tiles` (n, 3) on the device.
+    def begin_fixed(self, tiles: torch.Tensor, num_rows: int, block_m: int, kind: StepKind) -> None:
+        """Prepare the capture of a step of `num_rows` rows whose kernels read `tiles` (n, 3) on the device.
 
-        Every site of these kinds in the decoder layers gets its kernels, whatever acts there now, and no other site.
+        Every site of the kind's in the decoder layers gets its kernels, whatever acts there now, and no other site.
         The tiles are to be those of all rows (kernels.tiles.BASE).
         """
-        self.active = bool(kinds)
-        self._body, self._head = _Tiles(tiles, block_m, [], len(tiles)), None
-        self._fixed = kinds
+        self.active = bool(kind.sites)
+        self.apart = SiteKind.LINEAR in kind.sites and block_m != PREFILL_ROWS and num_rows <= APART_ROWS
+        self._body, self._head = _Tiles(tiles, block_m, kind.max_rank, [], len(tiles)), None
+        self._fixed = kind.sites
 
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
         """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
         self.active = bool((row_slot != NO_SLOT).any())
+        self.apart = False
         self._fixed = None
         if self.active:
-            self._body = _Tiles.of(row_slot, self.max_rank, self.bank.device)
-            self._head = _Tiles.of(row_slot[head_rows], self.max_rank, self.bank.device)
+            self._body = _Tiles.of(row_slot, self._bound, self.bank.device)
+            self._head = _Tiles.of(row_slot[head_rows], self._bound, self.bank.device)
 
-    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         tiles, where = self._tiles(site), self.sites[site]
         if tiles is None:
-            return self.train.linears[site].base(x)
+            return self.train.linears[site].base(x), None
         work = self._work(where, tiles)
+        if self.apart:
+            return side_by_side(
+                partial(self.train.linears[site].base, x), partial(self._delta, where, work, x), self._beside
+            )
         y, h = self._base_and_shrink(site, work, x)
         self._kernels.expand(y, h, self.bank.arena, work, "b", where.out_features)
-        return y
+        return y, None
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
         assert self._body is not None
@@ -126,6 +161,11 @@ class CudaGrafts:
     def _shrink(self, work: Work, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.shrink(x, self.bank.arena, work, "a", [x.shape[1]])
 
+    def _delta(self, site: Site, work: Work, x: torch.Tensor) -> torch.Tensor:
+        delta = x.new_empty(len(x), sum(site.out_features), dtype=torch.float32)
+        self._kernels.expand(delta, self._shrink(work, x), self.bank.arena, work, "b", site.out_features, add=False)
+        return delta
+
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         tiles, where = self._tiles(site), self.sites[site]
         if tiles is None:
@@ -143,24 +183,24 @@ class CudaGrafts:
     def _work(self, site: Site, tiles: _Tiles) -> Work:
         bank, members = self.bank, len(site.members)
         table, scales = bank.table[site.index, :, :members], bank.scales[site.index, :, :members]
-        return self._kernels.Work(table, scales, tiles.table[: tiles.num_adapted], tiles.block_m, self.max_rank)
+        return self._kernels.Work(table, scales, tiles.table[: tiles.num_adapted], tiles.block_m, tiles.max_rank)
 
 
 def side_by_side(
-    base: Callable[[], torch.Tensor], shrink: Callable[[], torch.Tensor], beside: torch.cuda.Stream | None
+    base: Callable[[], torch.Tensor], adapters: Callable[[], torch.Tensor], beside: torch.cuda.Stream | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both return. In a captured step the GPU runs them at once, shrink on the stream `beside`: with few rows
+    """What both return. In a captured step the GPU runs them at once, `adapters` on the stream `beside`: with few rows
     either one waits for memory.
 
     Elsewhere a second stream would cost more of the host's time than it spares of the GPU's.
     """
     if beside is None or not torch.cuda.is_current_stream_capturing():
-        return base(), shrink()
+        return base(), adapters()
     stream = torch.cuda.current_stream()
     beside.wait_stream(stream)
     y = base()
     with torch.cuda.stream(beside):
-        h = shrink()  # allocated for that stream, which waits for all of its readers before it has the next one
+        h = adapters()  # allocated for that stream, which waits for all of its readers before it has the next one
     stream.wait_stream(beside)
     return y, h
 
@@ -170,22 +210,25 @@ class _Tiles:
     table: torch.Tensor
     """Of all rows; those without a slot come last."""
     block_m: int
+    max_rank: int
+    """Bound on the ranks of the slots' adapters."""
     segments: list[tuple[int, int, int]]
     """What the adapted rows' tiles were cut from, as of cut_segments."""
     num_adapted: int
     """The first so many tiles may have slots."""
 
     @classmethod
-    def of(cls, row_slot: np.ndarray, max_rank: int, device: torch.device) -> _Tiles | None:
-        """None when no row has a slot."""
+    def of(cls, row_slot: np.ndarray, bound: Callable[[Iterable[int]], int], device: torch.device) -> _Tiles | None:
+        """None when no row has a slot. bound: of the ranks of slots' adapters."""
         segments = cut_segments(row_slot)
         if not segments:
             return None
+        max_rank = bound({slot for _, _, slot in segments})
         block_m = choose_block_m(int((row_slot != NO_SLOT).sum()), len(segments), max_rank)
         every = cut_segments(np.where(row_slot == NO_SLOT, BASE, row_slot))
         bounds = torch.tensor([s[:2] for s in every], dtype=torch.int32)
         table = build_tiles(bounds, torch.tensor([s[2] for s in every]), block_m)
-        return cls(upload(table, device), block_m, segments, int((table[:, 2] != BASE).sum()))
+        return cls(upload(table, device), block_m, max_rank, segments, int((table[:, 2] != BASE).sum()))
 
 
 def cut_segments(row_slot: np.ndarray) -> list[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from multigraft.core.batch import AdapterMove
 from multigraft.core.errors import CapacityExceeded
@@ -28,6 +28,8 @@ class _Tenant:
     state: AdapterState = AdapterState.LOADING
     pins: int = 0
     """Running requests that need it."""
+    fresh: bool = True
+    """No request has used it since its load."""
 
 
 class Residency:
@@ -76,6 +78,11 @@ class Residency:
         tenant = self._tenants.get(uid)
         return AdapterState.ABSENT if tenant is None else tenant.state
 
+    def fresh(self, uid: int) -> bool:
+        """Whether the adapter is here and no request has used it since its load."""
+        tenant = self._tenants.get(uid)
+        return tenant is not None and tenant.fresh
+
     def open(self) -> list[int]:
         """Adapters that can be pinned, longest resident first."""
         return [uid for uid, t in self._tenants.items() if t.state is AdapterState.READY and uid not in self._leaving]
@@ -94,11 +101,15 @@ class Residency:
         """Missing adapters that were passed over by at least max_bypass pins of others, longest missing first."""
         return list(takewhile(lambda uid: self._num_pins - self.missing[uid] >= max_bypass, self.missing))
 
+    def any_overdue(self, max_bypass: int) -> bool:
+        return any(self._num_pins - pins >= max_bypass for pins in islice(self.missing.values(), 1))
+
     def pin(self, uid: int) -> int:
         """Hold a ready adapter for a running request; returns its slot."""
         tenant = self._tenants[uid]
         assert tenant.state is AdapterState.READY and uid not in self._leaving
         self._num_pins += 1
+        tenant.fresh = False
         tenant.pins += 1
         if tenant.pins == 1:
             self._settle(uid)
@@ -139,6 +150,10 @@ class Residency:
         """The load did not succeed: the adapter is absent again."""
         assert self._tenants[uid].state is AdapterState.LOADING
         self._remove(uid)
+
+    def can_close(self) -> bool:
+        """Whether make_way could be of use: adapters are in use, and none is about to leave."""
+        return not self._leaving and any(t.pins for t in self._tenants.values())
 
     def make_way(self, nbytes: int, may_leave: Callable[[int], bool]) -> None:
         """Close ready adapters to new pins, longest resident first, until their leaving will make room for nbytes.

@@ -48,9 +48,11 @@ class Scheduler:
     Bounds, among requests of equal priority:
     - Room. A tenant that has nothing running, but an adapter that is ready, and is first in line, finds room within
       PATIENCE + max_num_seqs steps of its arrival: after PATIENCE steps without sequence slot or pages, each step
-      preempts one request of the tenant that runs most. Only tenants with a single running request are left alone.
+      preempts one request of the tenant that runs most. Only tenants that run no more than an equal share of the
+      running requests, the newcomer counted in, are left alone.
     - Slots. A missing adapter that was passed over by MAX_BYPASS admissions gets the next slot that frees, and the
       longest resident adapters take no new requests until it has one. So it waits for the requests that run then.
+      Adapters that came for waiting requests and have served none yet stay: they would only have to come again.
 
     Training takes no tokens of the budget: its rows ride through a step's decoder layers, as many layers as the
     step-time model says that the latency targets allow (TrainingShare).
@@ -297,8 +299,10 @@ class Scheduler:
     def _start_loads(self, batch: Batch) -> None:
         """Begin to load missing adapters in the order of their requests; an overdue one lets no equal pass."""
         residency, lanes = self.residency, self._queue.lanes
-        overdue = {lanes[uid] for uid in residency.overdue(MAX_BYPASS)}
+        overdue: set[Lane] = set()
         waiting: list[Lane] = []
+        if residency.fits(0) or residency.can_close():
+            overdue = {lanes[uid] for uid in residency.overdue(MAX_BYPASS)}
         if overdue or residency.fits(0):
             waiting = sorted((lanes[uid] for uid in residency.missing), key=self._rank)
         while waiting:
@@ -319,23 +323,32 @@ class Scheduler:
             waiting.remove(chosen)
             assert chosen.ref is not None
             batch.loads.append(residency.load(chosen.ref))
-        if not residency.overdue(MAX_BYPASS):
+        if not residency.any_overdue(MAX_BYPASS):
             residency.reopen()
 
     def _clear_slot(self, lane: Lane) -> None:
-        """Close adapters, save those that requests of higher priority wait for, to make way for the lane's."""
-        lanes, priority = self._queue.lanes, lane.head.priority
-        self.residency.make_way(lane.nbytes, lambda uid: uid not in lanes or lanes[uid].head.priority >= priority)
+        """Close adapters to make way for the lane's, save those that requests of higher priority wait for, or of equal
+        priority and in vain until now."""
+        lanes, residency, priority = self._queue.lanes, self.residency, lane.head.priority
+
+        def may_leave(uid: int) -> bool:
+            return uid not in lanes or lanes[uid].head.priority >= priority + residency.fresh(uid)
+
+        residency.make_way(lane.nbytes, may_leave)
 
     def _make_room(self, batch: Batch) -> None:
         """If the first in line is overdue, preempt the latest request of the tenant that runs most."""
         lane = min(self._open_lanes(), key=self._rank, default=None)
         if lane is None or not self._overdue(lane.tenant):
             return
-        tenant = self._queue.tenant
-        victims = [r for r in reversed(self._running) if r.priority >= lane.head.priority and tenant(r).running > 1]
+        tenant, share = self._queue.tenant, self._share()
+        victims = [r for r in reversed(self._running) if r.priority >= lane.head.priority and tenant(r).running > share]
         if victims:
             self._preempt(max(victims, key=lambda r: tenant(r).running), batch)
+
+    def _share(self) -> int:
+        """Requests that each tenant could run if all that run and one more had equally many, rounded up."""
+        return -(-len(self._running) // (1 + sum(1 for t in self._queue.tenants.values() if t.running)))
 
     def _open_lanes(self) -> list[Lane]:
         """Lanes whose requests could start now, as far as adapters are concerned."""

@@ -29,9 +29,12 @@ def steady_steps(scheduler: Scheduler) -> int:
         lanes = s._open_lanes()
         if lanes and len(running) < max_seqs:
             return 0
-        if s.config.fairness:
-            steps = min([steps, *(_steps_until_overdue(s, lane) for lane in lanes if not lane.tenant.running)])
-        if residency.overdue(MAX_BYPASS) or any(residency.fits(s._queue.lanes[u].nbytes) for u in residency.missing):
+        newcomers = [lane for lane in lanes if not lane.tenant.running] if s.config.fairness else []
+        if newcomers and s._share() < max(t.running for t in s._queue.tenants.values()):  # some would be preempted
+            steps = min([steps, *(_steps_until_overdue(s, lane) for lane in newcomers)])
+        if residency.can_close() and residency.any_overdue(MAX_BYPASS):
+            return 0
+        if residency.fits(0) and any(residency.fits(s._queue.lanes[u].nbytes) for u in residency.missing):
             return 0
     return max(0, steps)
 

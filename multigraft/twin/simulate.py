@@ -339,14 +339,23 @@ class Twin:
             self._push_copy(self.now + self.timing.load(move.ref), self.now, move)
         else:
             self._host.fetch(move, self.now)
+            self._begin_copies()
 
     def _push_copy(self, due: float, start: float, move: AdapterMove) -> None:
         self._num_loads += 1
         heappush(self._loads, (due, self._num_loads, start, move))
 
     def _finish_loads(self) -> None:
-        """As EngineCore's inbox and AdapterLoads: on the CPU a copy takes the engine's own time, elsewhere that of the
-        copying threads, which all work on the first one."""
+        """As EngineCore's inbox and AdapterLoads."""
+        self._begin_copies()
+        while self._loads and self._loads[0][0] <= self.now:
+            _, _, start, move = heappop(self._loads)
+            self.scheduler.adapter_loaded(move.ref.uid)
+            self.record.loads.append(Load(move.ref.name, start, self.now - start))  # type: ignore[union-attr]
+
+    def _begin_copies(self) -> None:
+        """Of adapters in host memory: on the CPU a copy takes the engine's own time, elsewhere that of the copying
+        threads, which all work on the first one."""
         loads = self.profile.loads
         while self._host.done:
             move, start = self._host.done.popleft()
@@ -355,10 +364,6 @@ class Twin:
             if not self.profile.overlap:
                 self.now = self._host.idle(self.now, due)
             self._push_copy(due, start, move)
-        while self._loads and self._loads[0][0] <= self.now:
-            _, _, start, move = heappop(self._loads)
-            self.scheduler.adapter_loaded(move.ref.uid)
-            self.record.loads.append(Load(move.ref.name, start, self.now - start))  # type: ignore[union-attr]
 
     def _sample(self) -> None:
         s = self.scheduler

@@ -38,6 +38,7 @@ class LazyStream:
         self._queue: deque[tuple[torch.Tensor, torch.Tensor, LazyEvent]] = deque()
         self._lock = threading.Lock()
         self.calls: list[str] = []
+        self.queued = "nothing"
 
     def run_one(self) -> None:
         with self._lock:
@@ -56,11 +57,12 @@ class LazyStream:
         self.calls.append("copy")
         return event
 
-    def mark(self) -> None:
-        self.calls.append("mark")
+    def now(self) -> str:
+        """What the current stream has been given, for `calls`."""
+        return self.queued
 
-    def follow(self) -> None:
-        self.calls.append("follow")
+    def follow(self, event: str) -> None:
+        self.calls.append(f"after {event}")
 
     def join(self) -> None:
         while self._queue:

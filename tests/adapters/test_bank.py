@@ -186,28 +186,44 @@ def test_loads_under_way_are_moved_and_replaced_in_order():
 
 
 @on_cuda
-def test_loads_beside_launches():
-    """Loads queue behind what uses the extents that were freed for them, and kernels after them see them whole."""
+@pytest.mark.parametrize("told", [False, True])
+def test_loads_beside_launches(told):
+    """Loads queue behind what uses the extents that were freed for them, and kernels after them see them whole.
+
+    Where the bank was told what reads a slot, they do not queue behind what was launched later.
+    """
     ranks = {"q": 16, "k": 16, "v": 16, "o": 16, "gate": 16, "up": 16, "embed": 16}
     adapters = [make(ranks, seed) for seed in range(4)]
     nbytes = adapters[0][0].nbytes
     bank = Bank(SITES, max_slots=2, capacity_bytes=2 * nbytes, dtype=torch.float32, device="cuda")
-    a, seen = torch.randn(4096, 4096, device="cuda"), []
+    a, seen, overtook = torch.randn(4096, 4096, device="cuda"), [], 0
     bank.load(0, adapters[0][0]).join()
-    for i in range(1, 40):
+
+    def compute() -> None:
+        nonlocal a
         for _ in range(20):
             a = torch.nn.functional.normalize(a @ a)
+
+    for i in range(1, 40):
+        compute()
         start = bank._tenants[0].start
         seen.append(bank.arena[start : start + nbytes // 4].clone())  # queued behind the products
+        if told:
+            bank.used([0])
+        compute()
+        end = torch.cuda.Event()
+        end.record()
         bank.unload(0)
         load = bank.load(0, adapters[i % 4][0])
         if i % 2:
             load.join()
         else:
             load.wait()
+            overtook += not end.query()
     torch.cuda.synchronize()
     for i, block in enumerate(seen):
         assert torch.equal(block.cpu(), adapters[i % 4][0].block), f"load {i}"
+    assert bool(overtook) is told
 
 
 def one_adapter(slots: int = 1) -> tuple[Bank, PackedAdapter, Tensors]:
@@ -252,16 +268,39 @@ def test_nobody_waits_for_a_chunk_but_the_copying_threads(monkeypatch):
     bank.check_integrity()
 
 
-def test_loads_follow_what_freed_their_extents():
-    bank, packed, _ = one_adapter()
+def test_loads_follow_what_used_their_extents():
+    bank, packed, _ = one_adapter(slots=2)
     stream = stage_lazily(bank, chunks=2, numel=128)
-    bank.load(0, packed).wait()
-    bank.load(0, packed).wait()  # in place of the other
-    num = -(-packed.block.numel() // 128)
-    assert stream.calls == ["follow", *["copy"] * num, "mark", "follow", *["copy"] * num]
+    copies = ["copy"] * -(-packed.block.numel() // 128)
+
+    def load(slot: int) -> list[str]:
+        del stream.calls[:]
+        bank.load(slot, packed).wait()
+        return stream.calls
+
+    stream.queued = "step 1"
+    assert [load(0), load(1)] == [copies, copies], "nothing was there before"
+    assert load(0) == ["after step 1", *copies], "nobody told what read slot 0"
+    stream.queued = "step 2"
+    bank.used([0])
+    stream.queued = "step 3"
+    bank.used([1])
+    stream.queued = "step 4"
+    assert load(0) == ["after step 2", *copies]
+    assert load(1) == ["after step 3", *copies]
+    bank.used([0])
+    bank.used([1])
+    stream.queued = "step 5"
+    bank.used([0])
+    bank.unload(0)
+    bank.unload(1)
+    assert load(1) == ["after step 5", *copies], "the latest use of all that went, wherever it was"
     del stream.calls[:]
+    stream.queued = "moves"
     bank._compact()
-    assert stream.calls == ["mark", "follow"], "blocks that move while they are copied"
+    assert stream.calls == ["after moves"], "the rest of blocks that move while they are copied"
+    assert load(0) == ["after moves", *copies]
+    bank.check_integrity()
 
 
 def test_a_copy_that_fails_is_told():

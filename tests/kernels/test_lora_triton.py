@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from multigraft.kernels import lora_reference, lora_triton, lora_triton_grad
-from multigraft.kernels.tiles import BASE, cut_tiles
+from multigraft.kernels.tiles import BASE, UNUSED, cut_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 WIDTH = {4: 600, 16: 600, 64: 2100}
 """in_features by rows a tile, so that the columns are split among programs."""
 GATED = [(torch.float32, 4), (torch.bfloat16, 16), (torch.bfloat16, 64)]
+ALL_TILES_SEGMENTS = [(1, 2, 0), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 28, 0)]
+"""Of five slots, among 34 rows."""
+
+
+def tiles_of_all_rows(case, block_m, spare=0):
+    """Those of the segments, and of the slot BASE for the other rows; then unused ones."""
+    row_slot = torch.full((len(case.x),), BASE)
+    for first, stop, slot in case.segments:
+        row_slot[first:stop] = slot
+    cut = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m))
+    return torch.cat([cut, torch.tensor([[0, 0, UNUSED]] * spare, dtype=cut.dtype).view(-1, 3)]).to(case.x.device)
 
 
 def forward(case, y, block_m):
@@ -123,19 +134,33 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
 
 
 @pytest.mark.parametrize("dtype, block_m", GATED, ids=str)
+def test_outputs_apart(lora_case, dtype, block_m, device):
+    """Not added to anything: float32, of all rows, zero where nothing acts."""
+    ranks = [[3, 33, 2], [0, 0, 0], [100, 1, 0], [8, 0, 16], [5, 5, 5]]
+    case = lora_case(ranks, ALL_TILES_SEGMENTS, 320, [530, 40, 17], dtype, num_rows=34, device=device)
+    work = lora_triton.Work(case.table, case.scales, tiles_of_all_rows(case, block_m, spare=2), block_m, case.max_rank)
+    h = lora_triton.shrink(case.x, case.arena, work, "a", [320])
+    delta = torch.full_like(case.y, torch.nan, dtype=torch.float32)
+    lora_triton.expand(delta, h, case.arena, work, "b", case.out_features, add=False)
+    expected = case.delta()
+    case.check_rows(delta, expected, TOLERANCE[dtype])
+    assert torch.equal(delta.cpu() == 0, expected == 0)
+    added = case.y.clone()
+    lora_triton.expand(added, h, case.arena, work, "b", case.out_features)
+    apart = (case.y + delta).to(dtype)
+    assert (added.double() - apart.double()).norm() <= TOLERANCE[dtype] * apart.double().norm()
+
+
+@pytest.mark.parametrize("dtype, block_m", GATED, ids=str)
 def test_gated(lora_case, dtype, block_m, device):
     """SwiGLU of gate and up with their adapters' outputs; rows without an adapter get it, too, and y nothing."""
     ranks = [[3, 33], [0, 0], [64, 1], [8, 0], [5, 5]]
-    segments = [(1, 2, 0), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 28, 0)]
-    case = lora_case(ranks, segments, 320, [530, 530], dtype, num_rows=34, device=device)
+    case = lora_case(ranks, ALL_TILES_SEGMENTS, 320, [530, 530], dtype, num_rows=34, device=device)
     case.y[case.gap_rows()] *= 3
     y = case.y.clone()
     gate, up = (y.double().cpu() + case.delta()).chunk(2, dim=1)
     expected = gate * torch.sigmoid(gate) * up
-    row_slot = torch.full((34,), BASE)
-    for first, stop, slot in segments:
-        row_slot[first:stop] = slot
-    every = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m)).to(device)
+    every = tiles_of_all_rows(case, block_m)
     work = lora_triton.Work(case.table, case.scales, case.tiles(block_m), block_m, case.max_rank)
     h = lora_triton.shrink(case.x, case.arena, work, "a", [320])
     z = lora_triton.gated(y, h, case.arena, work, every)

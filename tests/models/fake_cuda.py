@@ -24,6 +24,9 @@ from multigraft.kernels import lora_reference as reference
 from multigraft.kernels.tiles import UNUSED
 from multigraft.models import flashinfer
 
+seen: set[tuple[int, int]] = set()
+"""block_m and max_rank of the kernels that ran."""
+
 
 class Graph(TorchDispatchMode):
     """As torch.cuda.CUDAGraph: keeps what was launched during its capture, with the tensors and numbers of then, and
@@ -190,12 +193,21 @@ def _attend(
 
 
 def _expand(
-    y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: lora_triton.Work, side: str, widths: Sequence[int]
+    y: torch.Tensor,
+    h: torch.Tensor,
+    arena: torch.Tensor,
+    work: lora_triton.Work,
+    side: str,
+    widths: Sequence[int],
+    *,
+    add: bool = True,
 ) -> None:
     """With x for h: all is computed here."""
 
     def kernel() -> None:
-        _check(work.tiles, len(y))
+        rows = _check(work, work.tiles, len(y))
+        if not add:
+            y[rows] = 0
         reference.forward(y, h, arena, work.table, work.scales, work.tiles, widths)
 
     launch(kernel)
@@ -209,15 +221,18 @@ def _gated(
     def kernel() -> None:
         adapted = y.clone()
         reference.forward(adapted, h, arena, work.table, work.scales, all_tiles, [z.shape[1]] * 2)
-        rows = _check(all_tiles, len(y))
+        rows = _check(work, all_tiles, len(y))
         z[rows] = reference.swiglu(adapted[rows])
 
     launch(kernel)
     return z
 
 
-def _check(tiles: torch.Tensor, num_rows: int) -> list[int]:
-    """The rows of all tiles; none may be in two of them, nor beyond the last."""
+def _check(work: lora_triton.Work, tiles: torch.Tensor, num_rows: int) -> list[int]:
+    """The rows of all tiles; none may be in two of them, nor beyond the last, and no rank above max_rank."""
+    seen.add((work.block_m, work.max_rank))
+    slots = tiles[tiles[:, 2] >= 0, 2].long()
+    assert (work.table[slots, :, 2] <= work.max_rank).all() and (tiles[:, 1] <= work.block_m).all()
     rows = [row for first, count, slot in tiles.tolist() if slot != UNUSED for row in range(first, first + count)]
     assert len(set(rows)) == len(rows) and max(rows, default=0) < num_rows
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -20,15 +21,16 @@ from multigraft.adapters.site import PackedAdapter, Site, SiteKind
 from multigraft.core.batch import Batch, Phase, Span
 from multigraft.core.region import Ranges
 from multigraft.core.request import PENDING, Request, SamplingParams
+from multigraft.kernels.tiles import BASE, LOW_RANK, cut_tiles, decode_rows
 from multigraft.kvcache.tensors import PagedKV
-from multigraft.models import attention
+from multigraft.models import attention, segments
 from multigraft.models.cuda_graphs import DecodeGraphs, padded_sizes
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.graft import find_sites, graft
 from multigraft.models.mixed_graphs import MixedGraphs
 from multigraft.models.rows import Rows
 from multigraft.models.runner import LateTokens, Runner
-from multigraft.models.segments import CudaGrafts
+from multigraft.models.segments import CudaGrafts, StepKind
 from tests.tiny import VOCAB, tiny_model
 
 pytest.importorskip("triton")  # which does not run, but CudaGrafts imports it
@@ -47,6 +49,7 @@ LINEARS: Adapter = (("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 MLP: Adapter = (("0.up_proj", "1.mlp.gate_proj", "1.mlp.down_proj"), 5)
 WIDE: Adapter = (("k_proj", "o_proj", "gate_proj", "up_proj"), 40)
 REFT: Adapter = (("layers.0", "layers.1"), 4)
+REFT_WIDE: Adapter = (("layers.0",), 17)
 REFT_LAST: Adapter = (("layers.1",), 1)
 ENDS: Adapter = (("embed_tokens", "lm_head", "q_proj"), 4)
 
@@ -95,6 +98,7 @@ class Engine:
         self.decode = DecodeGraphs(*made, max_rows=MAX_SPANS, vocab_size=VOCAB, **sizes)
         self.mixed = MixedGraphs(*made, max_rows=MAX_ROWS, max_spans=MAX_SPANS, vocab_size=VOCAB, **sizes)
         self.runner.graphs, self.runner.mixed_graphs = self.decode, self.mixed
+        self.max_rank = max_rank
         self.rng = random.Random(max_rank)
         self.clear()
 
@@ -164,10 +168,18 @@ class Engine:
         tokens = torch.tensor([token or -1 for token in self.hidden.values()], dtype=torch.int64)
         return LateTokens(tokens, {r.id: i for i, r in enumerate(requests)})
 
-    def unused(self) -> list[object]:
-        """Graphs that were never replayed."""
-        graphs = [item for made in (self.decode, self.mixed) for item in made._captured._graphs.items()]
-        return [key for key, graph in graphs if not graph.num_replays]
+    def kind(self, *requests: Request) -> StepKind:
+        """Of the graph that runs a step of these requests. fake_cuda.seen has what ran with it, and without graphs."""
+        fake_cuda.seen.clear()
+        before = self.replays()
+        self.step(*requests)
+        ((_, _, kind),) = (key for key, num in self.replays().items() if num > before[key])
+        return kind
+
+    def replays(self) -> dict[tuple[object, int, StepKind], int]:
+        """How often each graph was replayed."""
+        graphs = [(made, *item) for made in (self.decode, self.mixed) for item in made._captured._graphs.items()]
+        return {(made, *key): graph.num_replays for made, key, graph in graphs}
 
 
 def _written(kv: PagedKV) -> torch.Tensor:
@@ -175,10 +187,11 @@ def _written(kv: PagedKV) -> torch.Tensor:
     return torch.stack([cache[:, : kv.scratch_page] for cache in (kv.k, kv.v)])
 
 
-@pytest.fixture(scope="module", params=[16, 64])  # tiles of 4 rows, and of 16
+@pytest.fixture(scope="module", params=[16, 64])  # graphs of low ranks, and of high ones, too
 def captured(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         fake_cuda.install(patch)
+        patch.setattr(segments, "APART_ROWS", 4)  # of 2, 4 and 8
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             yield Engine(request.param)
@@ -195,17 +208,47 @@ def engine(captured: Engine) -> Engine:
 
 def test_every_graph(engine: Engine) -> None:
     """Steps of many rows and then of few, so that nothing of the former may be left in the latter."""
-    wide = WIDE if engine.runner.grafts.max_rank >= WIDE[1] else LINEARS
+    wide = WIDE if engine.max_rank > LOW_RANK else LINEARS
     for slot, adapter in enumerate((QV, LINEARS, MLP, wide, REFT, REFT_LAST)):
         engine.load(slot, adapter)
-    for slots in ((0, 1, 2, 3, 4, 5, None), (0, 1, 3, None, 0, 2, 2), (5, 4, None, 5, None, 4, 5), (None,) * 7):
+    for slots in (
+        (3, 1, 2, 0, 4, 5, None),  # high ranks
+        (0, 1, 2, 0, 4, 5, None),
+        (3, 1, 0, None, 0, 2, 2),  # high ranks
+        (0, 1, 2, None, 0, 2, 2),
+        (5, 4, None, 5, None, 4, 5),
+        (None,) * 7,
+    ):
         a, b, c, d, e, f, g = requests = [engine.request(3 + 4 * i, slot) for i, slot in enumerate(slots)]
         assert engine.step(*requests) is engine.mixed
         assert engine.step(*requests, late=True) is engine.decode
         assert engine.step(a, e) is engine.decode
         assert engine.step(c, d, engine.request(9, slots[5]), f, engine.request(4, slots[0]), late=True) is engine.mixed
         assert engine.step(g, a, b, e, late=True) is engine.decode
-    assert engine.unused() == []
+    assert all(engine.replays().values())
+
+
+@pytest.mark.parametrize("captured", [64], indirect=True)
+def test_a_step_is_run_for_the_ranks_in_it(engine: Engine) -> None:
+    """And not for those that it might have, or that adapters in other slots have; with graphs and without."""
+    for slot, adapter in enumerate((LINEARS, REFT, WIDE, REFT_WIDE)):
+        engine.load(slot, adapter)
+    linear, residual, both = {SiteKind.LINEAR}, {SiteKind.RESIDUAL}, {SiteKind.LINEAR, SiteKind.RESIDUAL}
+    for slots, rank, in_mixed, in_decode in (
+        ((None, None), LOW_RANK, set(), set()),
+        ((0, None), LOW_RANK, linear, linear),
+        ((1, None), LOW_RANK, both, residual),
+        ((0, 1), LOW_RANK, both, both),
+        ((2, None), 64, both, linear),
+        ((0, 2), 64, both, linear),
+        ((3, None), 64, both, both),
+        ((1, 2), 64, both, both),
+    ):
+        requests = [engine.request(3 + 30 * i, slot) for i, slot in enumerate(slots)]
+        assert engine.kind(*requests) == StepKind(in_mixed, rank)
+        assert {max_rank for _, max_rank in fake_cuda.seen} == ({rank} if in_mixed else set())
+        assert engine.kind(*requests) == StepKind(in_decode, rank)
+        assert fake_cuda.seen == ({(decode_rows(rank), rank)} if in_decode else set())
 
 
 def test_adapters_that_act_on_some_positions(engine: Engine) -> None:
@@ -261,6 +304,35 @@ def test_a_slot_gets_another_adapter(engine: Engine) -> None:
     assert engine.step(*third, late=True) is None
     assert engine.step(third[1], engine.request(5)) is engine.mixed
     assert engine.step(third[1], second[0]) is engine.decode
+
+
+def _double(module: torch.nn.Module, args: object, y: torch.Tensor) -> None:
+    y.mul_(2)
+
+
+def test_compiled_modules_add_what_comes_apart(engine: Engine) -> None:
+    """And a sum over the ranks, which changes a linear's output in place, gets it."""
+    engine.load(0, LINEARS)
+    grafts, mlp = engine.plain.grafts, engine.plain.model.get_decoder().layers[1].mlp
+    kind = StepKind(frozenset({SiteKind.LINEAR}), LOW_RANK)
+    tiles = torch.from_numpy(cut_tiles(np.array([0, 0, BASE], np.int32), decode_rows(LOW_RANK)))
+    x = torch.randn(1, 3, HEADS * HEAD_DIM)
+    compiled = torch.compile(mlp, backend="aot_eager", dynamic=True, fullgraph=True)
+    hook = mlp.down_proj.register_forward_hook(_double)
+    with torch.inference_mode():
+        found, apart = [], []
+        for num_rows in (segments.APART_ROWS, segments.APART_ROWS + 1):
+            grafts.begin_fixed(tiles, num_rows, decode_rows(LOW_RANK), kind)
+            apart.append(grafts.apart)
+            found += [mlp(x), compiled(x)]
+        grafts.active = False
+        base = mlp(x)
+    hook.remove()
+    assert apart == [True, False]
+    for other in found[:-1]:
+        torch.testing.assert_close(other, found[-1])
+    changed = (found[-1] - base).abs().amax(dim=-1)[0]
+    assert (changed[:2] > 1e-3).all() and changed[2] < 1e-6
 
 
 def test_random_steps(engine: Engine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from multigraft.core.request import AdapterRef, Request
+from multigraft.core.request import AdapterRef, Request, Scope
 from multigraft.scheduling.scheduler import MAX_BYPASS, PATIENCE
 from tests.scheduling.simulated_engine import SimulatedEngine, make_request
 
@@ -138,6 +138,19 @@ def test_a_big_missing_adapter_is_not_overtaken_by_small_ones_for_ever():
     assert num - before <= MAX_BYPASS + 20
 
 
+@pytest.mark.parametrize("latency", [0, 3])
+def test_an_adapter_that_was_prefetched_serves_before_it_leaves(latency):
+    """Many prefill-only tenants in a few slots: those in line come once each, however many wait behind them."""
+    num = 3 * MAX_BYPASS
+    e = SimulatedEngine(max_num_seqs=6, max_slots=4, num_pages=400, budget=64, latency=lambda ref: latency)
+    for uid in range(1, num + 1):
+        e.add(endless(f"r{uid}", AdapterRef(f"a{uid}", uid, 10, Scope.PREFILL), 8 + uid % 5))
+    loads = 0
+    while e.live:
+        loads += len(e.step().loads)
+    assert loads == num
+
+
 def test_adapters_that_were_to_leave_stay_if_the_reason_goes():
     e = SimulatedEngine(max_num_seqs=8, max_slots=1, num_pages=400, budget=64)
     flood = Flood(e, REFS["a"], new=40)
@@ -188,6 +201,20 @@ def test_room_is_not_taken_from_tenants_with_one_request():
     e.step()
     e.add(endless("d", REFS["d"], 3))
     steps_until(e, lambda: "d" in e.done, 120)
+    assert e.scheduler.num_preemptions == 0
+
+
+def test_room_is_not_taken_from_tenants_at_an_equal_share():
+    """Four tenants run two requests each, four more wait with nothing running: evenness is not worth the loss."""
+    e = SimulatedEngine(max_num_seqs=8, max_slots=8, num_pages=400, budget=64)
+    for name in "abcdefgh":
+        for i in range(2):
+            e.add(endless(f"{name}{i}", REFS[name], PATIENCE + 60))
+        if name == "d":
+            e.step()
+            e.step()
+    assert sorted(span.request.id for span in e.step().spans) == [f"{name}{i}" for name in "abcd" for i in range(2)]
+    e.run()
     assert e.scheduler.num_preemptions == 0
 
 

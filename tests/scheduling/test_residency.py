@@ -152,6 +152,20 @@ def test_make_way_closes_as_many_as_the_bytes_take():
     r.check_integrity()
 
 
+def test_an_adapter_is_fresh_until_it_is_used():
+    r = Residency(1, 100)
+    assert not r.fresh(1) and not r.can_close()
+    bring(r, ref(1))
+    assert r.fresh(1) and not r.can_close()
+    r.pin(1)
+    assert not r.fresh(1) and r.can_close()
+    r.make_way(10, anyone)
+    assert not r.can_close(), "one is about to leave"
+    r.unpin(1)
+    r.load(ref(2))
+    assert not r.fresh(1)
+
+
 def test_make_way_asks_first():
     r = Residency(2, 100)
     for uid in (1, 2):
