@@ -303,7 +303,7 @@ class AdapterStore:
         if spec.base_model is not None and spec.base_model != self._base_name:
             log.info("Adapter %s names %s as its base model; serving it on %s.", name, spec.base_model, self._base_name)
         packed = self._read(spec) if validate else None
-        ref = AdapterRef(name, next(self._uids), nbytes, spec.scope, spec.region).scoped(scope)
+        ref = AdapterRef(name, next(self._uids), nbytes, spec.scope, spec.region, spec.max_rank).scoped(scope)
         return _Version(ref, spec), packed
 
     def _read(self, spec: AdapterSpec) -> PackedAdapter:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from .request import AdapterRef, Request
 
+LOW_RANK = 16
+"""On a GPU adapters of more ranks take other kernels, as does every other adapter in a step with one."""
+
 
 class Phase(enum.IntEnum):
     """Order of the phases along the token axis."""

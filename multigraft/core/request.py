@@ -31,6 +31,8 @@ class AdapterRef:
     """Bytes on the device, exact for its own ranks."""
     scope: Scope = Scope.ALL
     region: Region = EVERYWHERE
+    rank: int = 0
+    """The largest, at any module."""
 
     def scoped(self, scope: Scope | None) -> AdapterRef:
         """The same weights on other positions; InvalidRequest when the adapter cannot have the scope."""

@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from multigraft.kernels.tiles import BASE, HIGH_RANK_ROWS, LOW_RANK, PREFILL_ROWS
+from multigraft.core.batch import LOW_RANK
+from multigraft.kernels.tiles import BASE, HIGH_RANK_ROWS, PREFILL_ROWS
 
 MAX_SPLITS = 8
 ALIGN = tl.constexpr(8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from multigraft.core.batch import LOW_RANK
+
 UNUSED = -1
 """Slot of a tile that stands for no work."""
 BASE = -2
@@ -13,10 +15,9 @@ BASE = -2
 DECODE_ROWS = 4
 HIGH_RANK_ROWS = 16
 PREFILL_ROWS = 64
-"""Rows a tile, `block_m`, for few rows an adapter, for few with ranks above LOW_RANK, and for many. lora_triton.py has
-block sizes for each, and gradients for the last."""
-LOW_RANK = 16
-"""Up to it tiles of few rows are expanded without tensor cores. Above it with them, which take 16 rows at once."""
+"""Rows a tile, `block_m`, for few rows an adapter, for few with ranks above LOW_RANK, and for many: up to LOW_RANK
+they are expanded without tensor cores, above it with them, which take 16 rows at once. lora_triton.py has block sizes
+for each, and gradients for the last."""
 
 
 def decode_rows(max_rank: int) -> int:

@@ -12,7 +12,8 @@ import torch
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
-from multigraft.kernels.tiles import BASE, LOW_RANK, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows
+from multigraft.core.batch import LOW_RANK
+from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows
 from multigraft.kernels.train import embedding_forward
 from multigraft.kvcache.transfer import upload
 from multigraft.models.rows import NO_SLOT

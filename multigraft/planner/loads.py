@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from multigraft.core.batch import LOW_RANK
 from multigraft.core.errors import CapacityExceeded
 from multigraft.core.region import Scope
 from multigraft.scheduling.steptime import FEATURES, ROW_KNOTS, StepShape
@@ -128,19 +129,22 @@ class ServerLoads:
         decoding = begun * np.maximum(output - 1, 0)
         adapted = decoding * self._everywhere
         rows, running = begun * prompt + decoding, begun * chunks + decoding
+        wide = any(d.rank > LOW_RANK for d in self.demands)  # taken to be in every step
+        per_row, per_adapter = wide * w["wide_adapted"], wide * w["wide_adapters"]
         work = (
             begun * chunks * w["prefill_spans"]
             + begun * prompt * (prompt + 1) / 2 * w["prefill_attention"]
             + begun * prompt * (chunks - 1) / 2 * w["prefill_context"]
-            + begun * prompt * self._adapted * (w["prefill_adapted"] + nbytes * w["prefill_adapter_work"])
+            + begun * prompt * self._adapted * (w["prefill_adapted"] + per_row + nbytes * w["prefill_adapter_work"])
             + decoding * w["decode_rows"]
             + decoding * (prompt + output / 2) * w["decode_context"]
-            + adapted * (w["decode_adapted"] + nbytes * w["decode_adapter_work"])
+            + adapted * (w["decode_adapted"] + per_row + nbytes * w["decode_adapter_work"])
             + begun * output * w["samples"]
         )
-        in_prefill = self._adapted * (w["prefill_adapters"] + nbytes * w["prefill_adapter_bytes"]) + 0 * t
-        in_decode = w["decode_adapters"] + w["decode_adapters_with_prefill"] + nbytes * w["decode_adapter_bytes"]
-        in_decode = self._everywhere * in_decode + 0 * t
+        in_prefill = w["prefill_adapters"] + per_adapter + nbytes * w["prefill_adapter_bytes"]
+        in_decode = w["decode_adapters"] + w["decode_adapters_with_prefill"] + per_adapter
+        in_decode = in_decode + nbytes * w["decode_adapter_bytes"]
+        in_prefill, in_decode = self._adapted * in_prefill + 0 * t, self._everywhere * in_decode + 0 * t
 
         budget = t * self._usable - self._fixed
         max_rows = np.zeros(len(t))
@@ -267,6 +271,7 @@ def _full_step(demands: Sequence[Demand], profile: Profile, deployment: Deployme
         decode_adapters=present,
         decode_adapter_bytes=int(present * nbytes @ weights),
         decode_adapter_work=int(rows * (adapted * nbytes) @ weights),
+        max_rank=max((d.rank for d, is_adapted in zip(demands, adapted, strict=True) if is_adapted), default=0),
         samples=rows,
     )
     return profile.steps.predict(shape)

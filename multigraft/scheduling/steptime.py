@@ -13,7 +13,7 @@ from functools import lru_cache
 from operator import mul
 from typing import Any
 
-from multigraft.core.batch import Batch, Phase
+from multigraft.core.batch import LOW_RANK, Batch, Phase
 from multigraft.core.errors import InvalidRequest
 
 REFINE_RATE = 0.02
@@ -50,6 +50,8 @@ class StepShape:
     decode_adapter_bytes: int = 0
     decode_adapter_work: int = 0
     """As for prefill."""
+    max_rank: int = 0
+    """Of the adapters."""
     samples: int = 0
     """Rows that go through the output head."""
     train_rows: int = 0
@@ -78,6 +80,7 @@ class StepShape:
                         slot = span.slot
                         assert span.request.adapter is not None
                         nbytes = span.request.adapter.nbytes
+                        shape.max_rank = max(shape.max_rank, span.request.adapter.rank)
                         shape.decode_adapters += 1
                         shape.decode_adapter_bytes += nbytes
                     decode_work += nbytes
@@ -96,6 +99,7 @@ class StepShape:
                 shape.prefill_adapter_work += nbytes * adapted
                 if span.slot != slot:
                     slot = span.slot
+                    shape.max_rank = max(shape.max_rank, span.request.adapter.rank)
                     shape.prefill_adapters += 1
                     shape.prefill_adapter_bytes += nbytes
         shape.decode_rows, shape.decode_context, shape.decode_adapted = decode_rows, decode_context, decode_adapted
@@ -112,13 +116,14 @@ class StepShape:
         """In the order of FEATURES. Linear in decode_context, which is all that changes while the same rows decode.
 
         Steps with prompts take other kernels on a GPU than steps that only decode, and so may cost more for all that
-        they do.
+        they do; likewise steps in which an adapter has more than LOW_RANK ranks.
         """
         s = self
         rows = s.prefill_rows + s.decode_rows
         row_costs = _row_costs(rows)
         has_prefill = 1.0 if s.prefill_rows else 0.0
         has_adapters = 1.0 if s.decode_adapted or s.prefill_adapters else 0.0
+        is_wide = 1.0 if s.max_rank > LOW_RANK else 0.0
         return (
             1.0 if rows else 0.0,
             has_prefill,
@@ -141,6 +146,8 @@ class StepShape:
             s.decode_adapters * has_prefill,
             s.decode_adapter_bytes,
             s.decode_adapter_work,
+            is_wide * (s.prefill_adapted + s.decode_adapted),
+            is_wide * (s.prefill_adapters + s.decode_adapters),
             s.samples,
             s.train_forward,
             s.train_backward,
@@ -181,6 +188,8 @@ FEATURES = (
     "decode_adapters_with_prefill",
     "decode_adapter_bytes",
     "decode_adapter_work",
+    "wide_adapted",
+    "wide_adapters",
     "samples",
     "train_forward",
     "train_backward",

@@ -119,7 +119,9 @@ class Twin:
         )
         self._refs: dict[str | None, AdapterRef | None] = {None: None}
         for uid, a in enumerate(workload.adapters, 1):
-            self._refs[a.name] = AdapterRef(a.name, uid, a.nbytes or profile.adapter_bytes(a.rank), a.scope)
+            self._refs[a.name] = AdapterRef(
+                a.name, uid, a.nbytes or profile.adapter_bytes(a.rank), a.scope, rank=a.rank
+            )
         threads = fetch_threads(profile.hardware.get("cores"))
         self._host = HostMemory(deployment.max_cpu_loras, profile.loads, threads)
         self._arrived = 0  # requests handed to the scheduler or refused

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from multigraft.core.batch import Batch, Phase, Span, TrainPart
+from multigraft.core.batch import LOW_RANK, Batch, Phase, Span, TrainPart
 from multigraft.core.errors import InvalidRequest
 from multigraft.core.request import AdapterRef, Request, SamplingParams, Scope
 from multigraft.scheduling import steptime
@@ -24,7 +24,7 @@ def span(phase: Phase, start: int, length: int, tokens: int, ref: AdapterRef | N
 
 
 def test_shape_of_a_batch_counted_by_hand() -> None:
-    small, big = AdapterRef("small", 1, 100), AdapterRef("big", 2, 1000)
+    small, big = AdapterRef("small", 1, 100, rank=8), AdapterRef("big", 2, 1000, rank=LOW_RANK + 1)
     prefill_only = AdapterRef("scoped", 3, 10, Scope.PREFILL)
     spans = [
         span(Phase.PREFILL, 0, 4, 4, small),
@@ -51,6 +51,7 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
         decode_adapters=2,
         decode_adapter_bytes=1100,
         decode_adapter_work=2 * 100 + 1000,
+        max_rank=LOW_RANK + 1,
         samples=2 + 4,
         train_rows=50,
         train_forward=150,
@@ -59,6 +60,10 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
     )
     features = dict(zip(FEATURES, shape.features(), strict=True))
     assert features["rows_from_0"] == 13 and features["rows_from_16"] == 0
+    assert (features["wide_adapted"], features["wide_adapters"]) == (9, 4)
+    low = StepShape.of(Batch(spans=[s for s in spans if s.request.adapter is not big]))
+    features = dict(zip(FEATURES, low.features(), strict=True))
+    assert low.max_rank == 8 and (features["wide_adapted"], features["wide_adapters"]) == (0, 0)
 
 
 def test_an_adapter_in_both_phases_counts_in_both() -> None:

@@ -142,7 +142,10 @@ class Recorded:
 def a_workload(num: int, seed: int, gap: float, longest: int, names: Sequence[str] = NAMES) -> Workload:
     """Bursts and lulls, skewed adapters, both scopes, some prompts with a prefix in common."""
     rng = random.Random(seed)
-    adapters = [Adapter(name=name, scope=Scope.PREFILL if i % 3 == 2 else Scope.ALL) for i, name in enumerate(names)]
+    adapters = [
+        Adapter(name=name, rank=RANKS[i], scope=Scope.PREFILL if i % 3 == 2 else Scope.ALL)
+        for i, name in enumerate(names)
+    ]
     requests, now = [], 0.0
     for _ in range(num):
         now += rng.choice([0.0, 0.0, rng.expovariate(1 / gap), 4 * gap])
