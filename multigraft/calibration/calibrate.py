@@ -39,8 +39,8 @@ RANK_SUM = 256
 """Of the adapters of one rank: 32 of rank 8, 4 of rank 64."""
 LOAD_ROUNDS, LOAD_SECONDS = 3, 30.0
 """At most so many, of which the one counts in which the machine was fastest; none begins after so long."""
-TRAIN_SHARE = 0.25
-"""Of the measuring time that goes into steps with training."""
+TRAIN_SHARE, STEPS_SHARE = 0.25, 0.5
+"""Of the measuring time that goes into steps with training, and at least into steps without."""
 TRAIN_SIZES = (16, 4, 1, 8, 2)
 """A pass has the largest possible number of rows over these, in rounds of random order."""
 TRAIN_ROUNDS = 3
@@ -65,13 +65,14 @@ Progress = Callable[[str, float], None]
 
 
 def calibrate(
-    config: EngineConfig, *, seconds: float = 150.0, seed: int = 0, progress: Progress, points_file: Path | None = None
+    config: EngineConfig, *, seconds: float = 200.0, seed: int = 0, progress: Progress, points_file: Path | None = None
 ) -> Profile:
     """Build the engine, measure for about so many seconds, and fit. Raises MultigraftError for what the user can mend.
 
     points_file: gets what the fit is made from, a JSON line for each group of steps.
 
-    Start-up, load times and what TRAIN_ROUNDS of TRAIN_SIZES take beyond their share come on top.
+    Start-up comes on top, and where load times and TRAIN_ROUNDS of TRAIN_SIZES leave steps that serve less than
+    STEPS_SHARE of the seconds, so does the rest of that.
     """
     slots = max(SLOTS, config.adapters.max_loras)
     adapters = replace(config.adapters, max_loras=slots, max_cpu_loras=max(4 * SLOTS, config.adapters.max_cpu_loras))
@@ -90,10 +91,12 @@ def calibrate(
         core.start()
         try:
             runner = PointRunner(core, rng)
+            begun = time.monotonic()
             progress("Timing adapter loads", 0.05)
             loads = _measure_loads(core, runner, names)
-            points = _measure_steps(core, runner, names, seconds * (1 - TRAIN_SHARE), progress)
-            points += _measure_training(core, runner, share, seconds * TRAIN_SHARE, progress)
+            points = _measure_training(core, runner, share, seconds * TRAIN_SHARE, progress)
+            left = max(begun + seconds - time.monotonic(), STEPS_SHARE * seconds)
+            points += _measure_steps(core, runner, names, left, progress)
         finally:
             core.stop(30)
             parts.store.close()
@@ -232,7 +235,7 @@ def _measure_steps(
     points: list[Point] = []
     begun, before = time.monotonic(), probe(runner)
     while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * FOLDS:
-        progress(f"Timing steps: {len(points)} groups", 0.1 + 0.66 * min(1.0, elapsed / seconds))
+        progress(f"Timing steps: {len(points)} groups", 0.32 + 0.66 * min(1.0, elapsed / seconds))
         plans = draw_point(runner.rng, names, core)
         runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
         timed, after = runner.run(plans), probe(runner)
@@ -252,7 +255,7 @@ def _measure_training(
     rng, begun, before = runner.rng, time.monotonic(), probe(runner)
     sizes: list[int] = []
     while (elapsed := time.monotonic() - begun) < seconds or len(points) < TRAIN_ROUNDS * len(TRAIN_SIZES):
-        progress(f"Timing training: {len(points)} groups", 0.78 + 0.2 * min(1.0, elapsed / seconds))
+        progress(f"Timing training: {len(points)} groups", 0.12 + 0.2 * min(1.0, elapsed / seconds))
         sizes = sizes or rng.sample(TRAIN_SIZES, len(TRAIN_SIZES))
         rows = max(2, trainer.memory.max_rows // sizes.pop())
         passes = TRAIN_PASSES if len(points) >= len(TRAIN_SIZES) else 1

@@ -50,8 +50,8 @@ def _calibrate_command() -> Any:
     extra = {
         "output": (Path("profile.json"), Annotated[Path, typer.Option(help="File to write.")]),
         "seconds": (
-            150.0,
-            Annotated[float, typer.Option(help="Time for measuring steps; start and loads come on top.")],
+            200.0,
+            Annotated[float, typer.Option(help="Time for measuring; the engine's start comes on top.")],
         ),
     }
     for name, (default, kind) in extra.items():
