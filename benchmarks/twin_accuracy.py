@@ -1,6 +1,7 @@
 """How well the twin predicts the real engine: held-out workloads, served by the engine in this process and simulated.
 
-Calibrates first, unless the file --profile is there, and saves the profile in it, and beside it what it was fit to.
+Calibrates first, unless the file --profile is there, and saves the profile in it, and beside it what it was fit to and
+the steps of the runs.
 Then each workload runs for --seconds of arrivals through the engine (random adapters, ServeGen's rates, some with a
 fine-tuning job beside them) and through the twin, under the same configuration.
 Prints the plain relative error and the halved SMAPE of the published twins, for every workload, and ends in one JSON
@@ -155,14 +156,23 @@ class Machine:
 
 
 def measure(
-    workload: Workload, config: EngineConfig, core: EngineCore, profile: Profile, seed: int
+    workload: Workload, config: EngineConfig, core: EngineCore, profile: Profile, seed: int, kept: Path | None
 ) -> tuple[Report, Report, float | None]:
-    """(twin, measured, error of the summed step times under the measured steps without training, if there are any)."""
+    """(twin, measured, error of the summed step times under the measured steps without training, if there are any).
+
+    kept: gets the steps, a JSON line for each.
+    """
     sizes = sized(workload, core)
     drive = Drive(core, sizes, seed=seed)
     steps = Steps(drive)
     measured = report(drive.run(timeout=600), "measured")
-    pairs = [(s, t) for s, t in zip(steps.shapes, steps.seconds, strict=False) if not s.train_layers]
+    pairs = list(zip(steps.shapes, steps.seconds, strict=False))
+    if kept is not None:
+        with kept.open("a") as file:
+            for shape, seconds in pairs:
+                line = {"workload": workload.name, "run": seed, "seconds": seconds, **dataclasses.asdict(shape)}
+                file.write(json.dumps(line) + "\n")
+    pairs = [(s, t) for s, t in pairs if not s.train_layers]
     model_error = sum(profile.steps.predict(s) for s, _ in pairs) / sum(t for _, t in pairs) - 1 if pairs else None
     return report(simulate(sizes, profile, deployment(profile, config))), measured, model_error
 
@@ -233,6 +243,7 @@ def main() -> None:
     if not found:
         parser.error(f"no workload has {args.only!r} in its name")
     count = min(len(found), 3 if args.smoke else args.workloads or len(found))
+    kept = args.profile and args.profile.with_suffix(".live.jsonl")
     rows = []
     pairs: list[tuple[Report, Report]] = []
     with tempfile.TemporaryDirectory() as folder, until_cut():
@@ -247,7 +258,7 @@ def main() -> None:
             begun, runs = time.monotonic(), []
             while len(runs) < args.attempts and (not runs or runs[-1][1] > 1):
                 register(parts, Path(folder), workload)
-                runs.append(machine.watch(partial(measure, workload, config, core, profile, len(runs))))
+                runs.append(machine.watch(partial(measure, workload, config, core, profile, len(runs), kept)))
             (twin, measured, model_error), disturbance = min(runs, key=itemgetter(1))
             pairs.append((twin, measured))
             rows.append(row(twin, measured, model_error) | {"runs": len(runs), "disturbance": disturbance})
