@@ -3,9 +3,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before torch is imported. Workers side by side have a core each; and with a number given the engine keeps to it, also
-# beside other processes: other numbers of threads add up in another order.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else str(os.cpu_count() or 1))
+# Before torch is imported: with a number given the engine keeps to it, also beside other processes; other numbers of
+# threads add up in another order. Workers side by side have a core each, whatever they inherit: pytest itself, which
+# starts them, has read this file before. With two threads each on two cores they wait for each other: 8 times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 import pytest
 import transformers
