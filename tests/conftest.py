@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 # Before torch is imported: with a number given the engine keeps to it, also beside other processes; other numbers of
 # threads add up in another order. Workers side by side have a core each, whatever they inherit: pytest itself, which
 # starts them, has read this file before. With two threads each on two cores they wait for each other: 8 times as long.
@@ -11,18 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
-import pytest
-import transformers
-
-from multigraft.core.errors import ModelNotSupported
-from multigraft.models.gguf import convert_gguf, packaged_smollm2
-
-transformers.utils.logging.disable_progress_bar()
+# No bars of transformers, nor in processes that tests start.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @pytest.fixture(scope="session")
 def smol_path() -> Path:
     """SmolLM2-135M-Instruct as a folder of safetensors; converted once, then kept where the server keeps it."""
+    from multigraft.core.errors import ModelNotSupported  # this file is read wherever tests start: 5 s with torch
+    from multigraft.models.gguf import convert_gguf, packaged_smollm2
+
     try:
         file = packaged_smollm2()
     except ModelNotSupported as e:
