@@ -7,7 +7,7 @@ import pytest
 
 # Before torch is imported: with a number given the engine keeps to it, also beside other processes; other numbers of
 # threads add up in another order. Workers side by side have a core each, whatever they inherit: pytest itself, which
-# starts them, has read this file before. With two threads each on two cores they wait for each other: 8 times as long.
+# starts them, has read this file before. Two threads each, on two busy cores, wait for each other: 6 times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
