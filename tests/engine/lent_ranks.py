@@ -4,6 +4,7 @@ imports, so they are forked from one that has them."""
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,6 +33,25 @@ class Lent:
         pass
 
 
+class Own:
+    """Stands for the Popen of a rank; a process that runs nothing else, and may be killed."""
+
+    def __init__(self, process: Any):
+        self.process, self.pid, self.stdin = process, process.pid, self
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def close(self) -> None:
+        pass
+
+
 class Pool:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
@@ -46,6 +66,11 @@ class Pool:
             self.processes[-1].start()
         self.pipes[rank].send((port, ranks.config_to_json(config)))
         return Lent(self.pipes[rank])
+
+    def spawn_own(self, config: EngineConfig, rank: int, port: int) -> Own:
+        process = self.context.Process(target=serve_one, args=(rank, port, ranks.config_to_json(config)), daemon=True)
+        process.start()
+        return Own(process)
 
     def close(self) -> None:
         for pipe in self.pipes.values():
@@ -73,6 +98,16 @@ def serve(rank: int, pipe: Connection) -> None:
             pipe.send(1)
 
 
+def serve_one(rank: int, port: int, text: str) -> None:
+    import torch.distributed as dist
+
+    from multigraft.engine import worker
+
+    config = ranks.config_from_json(text)
+    store = dist.TCPStore("127.0.0.1", port, config.parallel.tensor_parallel_size, is_master=False)
+    worker._run_or_exit(config, store, rank)
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     pool = Pool()
@@ -84,3 +119,9 @@ def pool() -> Iterator[Pool]:
 def lent_ranks(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_spawn", pool.spawn)
     monkeypatch.setattr(ranks.Ranks, "_watch", lambda self, rank: None)  # their end is no loss
+
+
+@pytest.fixture
+def own_ranks(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watched as the engine's own; test_a_killed_rank_ends_the_engine starts those."""
+    monkeypatch.setattr(ranks, "_spawn", pool.spawn_own)

@@ -189,11 +189,6 @@ def test_adapters_that_arrive_late(llama: World, monkeypatch: pytest.MonkeyPatch
         check_pools(engine)
 
 
-def test_compiled_layers_equal_eager(llama: World) -> None:
-    with llama.engine(compile=True) as engine:
-        llama.check(engine)
-
-
 @pytest.fixture
 def versions(llama: World, tmp_path: Path) -> Iterator[list[Path]]:
     yield [write_adapter(llama.checkpoint, tmp_path / f"v{i}", CASES[1], seed=100 + i) for i in range(3)]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from multigraft import Engine
 from multigraft.core.errors import AdapterError
 from tests.engine.masked_reference import Reference
+from tests.engine.peft_cases import CASES, reference_tokens, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
 from tests.engine.test_prefill_only import NUM_TOKENS, PAGE, answers, pool_of, prompt_of
 from tests.tiny import ARCHITECTURES, DEVICE, build_checkpoint
@@ -94,10 +95,18 @@ def test_preempted_equals_undisturbed(llama: World) -> None:
             assert engine.stats().preemptions > 0
 
 
-def test_compiled_layers_equal_eager(llama: World) -> None:
+def test_compiled_layers_equal_eager(llama: World, tmp_path: Path) -> None:
+    """With all methods of LoRA, too, in the same steps."""
     jobs = make_jobs(llama)[:12]
+    expected = [llama.expected(name, prompt, "all") for name, prompt in jobs]
     with llama.engine("all", compile=True) as engine:
-        assert answers(engine, jobs) == [llama.expected(name, prompt, "all") for name, prompt in jobs]
+        for i, (case, (_, prompt)) in enumerate(zip(CASES, list(jobs), strict=False)):
+            folder = write_adapter(llama.checkpoint, tmp_path / case.name, case, seed=i)
+            engine.load_adapter(case.name, str(folder))
+            jobs.append((case.name, prompt))
+            expected += reference_tokens(llama.checkpoint, folder, [prompt], NUM_TOKENS)
+        assert len(jobs) == 12 + len(CASES)
+        assert answers(engine, jobs) == expected
 
 
 def test_a_slot_is_held_for_prompt_ends_only_while_they_are_to_come(llama: World) -> None:

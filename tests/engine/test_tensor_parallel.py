@@ -14,7 +14,7 @@ import pytest
 
 from multigraft import Engine, SamplingParams
 from multigraft.core.errors import MultigraftError, RankLost
-from tests.engine.lent_ranks import lent_ranks, pool  # noqa: F401 (fixtures)
+from tests.engine.lent_ranks import lent_ranks, own_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, Case, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
 from tests.engine.test_parity import DEVICE, GAIN, make_prompts
@@ -144,7 +144,9 @@ def test_block_diagonal_adds_no_collective(llama: World, lent_ranks: None) -> No
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_killed_rank_ends_the_engine(llama: World, busy: bool) -> None:
+def test_a_killed_rank_ends_the_engine(llama: World, busy: bool, request: pytest.FixtureRequest) -> None:
+    if not busy:
+        request.getfixturevalue("own_ranks")  # one start of a rank as users have it is enough
     with llama.engine(tensor_parallel_size=2, lora_modules=()) as engine:
         (process,) = engine._engine.parts.ranks._processes.values()
         sampling = SamplingParams(max_tokens=450 if busy else 2, ignore_eos=True)

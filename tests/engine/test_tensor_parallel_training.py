@@ -21,7 +21,7 @@ from multigraft.training.adapter import AdapterDesign, TrainableAdapter
 from multigraft.training.dataset import Dataset
 from multigraft.training.job import Event, EventKind, Stage, TrainingJob
 from multigraft.training.spec import JobSpec
-from tests.engine.lent_ranks import lent_ranks, pool  # noqa: F401 (fixtures)
+from tests.engine.lent_ranks import lent_ranks, own_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, write_adapter
 from tests.models.train_cases import microbatch, samples
 from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
@@ -248,7 +248,7 @@ def test_a_job_that_fails_on_all_ranks_fails_alone(
 
 
 @pytest.mark.parametrize("how", ["killed", "raises"])
-def test_a_rank_that_fails_alone_ends_the_engine(llama: World, how: str) -> None:
+def test_a_rank_that_fails_alone_ends_the_engine(llama: World, how: str, own_ranks: None) -> None:  # noqa: F811
     """Within seconds, on either side."""
     with llama.engine(2) as engine:
         run = llama.start(engine, "lora", n_epochs=1000)

@@ -71,8 +71,9 @@ def test_strided_rows(lora_case, device):
 @pytest.mark.parametrize("block_m", [4, 64])
 def test_input_may_be_the_output(lora_case, block_m, device):
     """ReFT: the residual stream is both."""
-    ranks = [[4], [1], [0], [40]]
-    case = lora_case(ranks, [(0, 3, 2), (3, 70, 0), (70, 71, 1), (72, 90, 3)], 1040, [1040], device=device)
+    ranks, n = [[4], [1], [0], [40]], block_m
+    segments = [(0, 3, 2), (3, n + 6, 0), (n + 6, n + 7, 1), (n + 8, 2 * n + 9, 3)]
+    case = lora_case(ranks, segments, 1040, [1040], device=device)
     case.y = case.x
     expected = case.x.double().cpu() + case.delta()
     forward(case, case.y, block_m)
@@ -80,9 +81,10 @@ def test_input_may_be_the_output(lora_case, block_m, device):
     assert case.y[case.gap_rows()].isnan().all()
 
 
-def test_results_are_bits_of_the_request_alone(mixed_case):
+def test_results_are_bits_of_the_request_alone(lora_case, device):
     """Neither a second run nor the rest of the batch changes a bit."""
-    case = mixed_case()  # three splits of x
+    segments = [(0, 1, 0), (1, 2, 2), (2, 8, 1), (9, 11, 0)]
+    case = lora_case([[3, 33], [64, 1], [0, 5]], segments, 600, [40, 17], device=device)  # three splits of x
     together = forward(case, case.y.clone(), 4)
     assert torch.equal(together, forward(case, case.y.clone(), 4))
     case.segments, rows = case.segments[2:3], slice(*case.segments[2][:2])
@@ -91,7 +93,7 @@ def test_results_are_bits_of_the_request_alone(mixed_case):
 
 @pytest.mark.parametrize("dtype, block_m", [(torch.float32, 64), (torch.bfloat16, 64)], ids=str)
 def test_backward(mixed_case, dtype, block_m):
-    case = mixed_case(dtype)
+    case = mixed_case(dtype, 200)
     tiles = case.tiles(block_m)
     work = lora_triton.Work(case.table, case.scales, tiles, block_m, case.max_rank)
     g = torch.randn_like(case.y)

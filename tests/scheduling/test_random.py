@@ -179,15 +179,20 @@ def soak(seed: int, num_requests: int = 300) -> SimulatedEngine:
     return e
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_soak(seed):
-    e = soak(seed)
+def check_ends(e: SimulatedEngine) -> None:
     assert sum(r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for r in e.done.values()) > 100
+
+
+@pytest.mark.parametrize("seed", range(8, 24))
+def test_soak(seed):
+    check_ends(soak(seed))
 
 
 def test_soaks_cover_what_they_should():
     """Preemptions, hits, hits after preemption, chunks and multiple evictions do happen in the soaks."""
     engines = [soak(seed) for seed in range(8)]
+    for e in engines:
+        check_ends(e)
     assert sum(e.scheduler.num_preemptions for e in engines) > 100
     assert sum(e.scheduler.pages.num_hits for e in engines) > 1000
     assert any(len(empties) > 1 for e in engines for _, loads, _ in e.trace for *_, empties in loads)
@@ -203,16 +208,12 @@ def digest(seed: int) -> str:
 
 
 def test_same_inputs_same_decisions():
-    """In this process and in others, whatever their hash seed."""
-    here = digest(5)
+    """In this process and in another, whatever their hash seeds: this one's is random."""
     root = Path(__file__).parents[2]
-    for hash_seed in ("1", "2"):
-        code = "from tests.scheduling.test_random import digest; print(digest(5))"
-        env = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)}
-        run = subprocess.run(
-            [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.strip() == here
+    code = "from tests.scheduling.test_random import digest; print(digest(5))"
+    env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == digest(5)
 
 
 @pytest.mark.parametrize("scope", list(Scope))

@@ -265,7 +265,7 @@ def test_with_fine_tuning_they_decide_alike(folder: Path, overlap: bool) -> None
     recorder, turns, _ = run_both(
         folder / "model",
         folder / "adapters",
-        replace(a_workload(60, seed=7, gap=0.01, longest=90), jobs=jobs),
+        replace(a_workload(40, seed=7, gap=0.01, longest=90), jobs=jobs),
         overlap=overlap,
         training=TrainingConfig(ttft_slo_ms=200.0, tpot_slo_ms=30.0),
         kv_cache_gib=0.01,
