@@ -12,7 +12,7 @@ ALLOWED = {
     "core": set(),
     "kvcache": {"core"},
     "scheduling": {"core", "kvcache"},
-    "kernels": set(),
+    "kernels": {"core"},
     "adapters": {"core", "kernels"},
     "training": {"core", "kernels", "adapters"},
     "models": {"core", "kvcache", "kernels", "adapters", "training"},

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from multigraft.kernels.lora_triton import Work
 
 
-APART_ROWS = 64
+APART_ROWS = 32
 """Captured decode steps of so many rows at most compute the adapters' outputs beside the base model's products, and add
-them in what follows. With more rows that writes and reads more than it hides."""
+them in what follows. With more rows that writes and reads more than it hides: what 4 adapters of rank 16 add to a layer
+of Llama-3.1-8B on an H100 is 24 us for 16 rows in place of 40, and 56 for 64 in place of 46."""
 
 
 class StepKind(NamedTuple):

@@ -122,13 +122,16 @@ def test_graphs_equal_plain_modules(tmp_path: Path, max_rank: int, monkeypatch: 
         names = [n for pair in zip(linears, cycle(METHODS)) for n in pair] + [None]  # both kinds side by side
         mixed = [names[i % len(names)] for i in range(45)]
         widest = max(cases, key=lambda c: c.config["r"]).name
-        pairs = ([*pair] * 22 + [None] for pair in (("loreft", "direft"), (widest, "loreft")))
-        for names in ([None] * 45, mixed, *([n] * 45 for n in ("all8", widest)), *pairs):
+        few = ["loreft", "direft"] * 22 + [None]
+        for names in ([None] * 45, mixed, ["all8"] * 45, few):
             results = engine.generate(prompts, sampling, names)
             assert all(r.error is None for r in results)
+        assert median(checked.errors) < MEDIAN
+        for names in ([widest] * 45, [widest, "loreft"] * 22 + [None]):  # tiles of other heights without graphs
+            assert all(r.error is None for r in engine.generate(prompts, sampling, names))
         assert checked.num_mixed > 20
         assert len(checked.kinds) > 20 and {kind for _, kind in checked.kinds} == set(graphs._captured.kinds)
-        assert median(checked.errors) < MEDIAN and max(checked.errors) < MOST, max(checked.errors)
+        assert max(checked.errors) < MOST, max(checked.errors)
         assert median(checked.apart_errors) < APART_MEDIAN and max(checked.apart_errors) < MOST, max(
             checked.apart_errors
         )
