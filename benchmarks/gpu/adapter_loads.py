@@ -6,13 +6,12 @@ longest that the busy thread took to queue its products, in milliseconds: what a
 
     nothing   a second in which nothing else runs, for comparison
     inspect   the config and the header, by one thread; the first adapter's plan, which the others share, included
-    read      disk to host memory by the store's threads, from a warm page cache
+    read      disk to page-locked host memory by the store's threads, from a warm page cache
     load      Bank.load on the engine's thread: host time alone
     arrive, again   host memory to the GPU, loads included: what an adapter that is kept costs
     alone     the same, but each adapter waits for the one before
               (again and alone: in place of others, so after what the GPU was given before)
-    lock      a new page-locked block by PyTorch's allocator, of another size each time so that none is used again:
-              what no load does any more
+    lock      a new page-locked block of zeros alone
 
     python -m benchmarks.gpu.adapter_loads [--adapters 64] [--rank 8] [--threads 1 4 8] [--methods lora direft]
         [--device cuda] [--save]
@@ -40,8 +39,8 @@ from rich.table import Table
 from benchmarks.common import LLAMA_8B, finish, write_adapter, write_direft
 from multigraft.adapters import store as adapter_store
 from multigraft.adapters.bank import Bank
-from multigraft.adapters.staging import Load
 from multigraft.adapters.store import AdapterStore
+from multigraft.adapters.transfer import Load, new_block
 from multigraft.core.config import AdapterConfig
 from multigraft.models.graft import find_sites
 
@@ -78,7 +77,7 @@ class LoadPath:
         adapter_store.fetch_threads = lambda: threads  # type: ignore[assignment]
         self.device = torch.device(args.device)
         settings = AdapterConfig(max_cpu_loras=args.adapters, max_loras=args.adapters, max_lora_rank=args.rank)
-        self.store = AdapterStore(sites, settings, torch.bfloat16, base_name="base")
+        self.store = AdapterStore(sites, settings, torch.bfloat16, base_name="base", device=args.device)
         began = time.perf_counter()
         self.refs = [self.store.register(f"a{i}", root / method) for i in range(args.adapters)]
         self.inspect_seconds = time.perf_counter() - began
@@ -121,7 +120,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def lock(nbytes: int) -> list[torch.Tensor]:
-    return [torch.empty(nbytes + 4096 * i, dtype=torch.uint8, pin_memory=True) for i in range(LOCKED_BLOCKS)]
+    return [new_block(nbytes, torch.uint8, "cuda") for _ in range(LOCKED_BLOCKS)]
 
 
 def measure(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +17,7 @@ from multigraft.kernels.lora_gemm import Factors
 from .extents import Extents
 from .plan import ALIGN
 from .site import PackedAdapter, Site, SiteBlock
-from .staging import Load, SideStream, Staging
+from .transfer import Load, SideStream
 
 LAYOUTS = 64
 """Layouts of adapters that are remembered: working one out takes longer than all else on the host's side of a load."""
@@ -61,8 +59,6 @@ class _Tenant:
     numel: int
     sites: dict[int, SiteBlock]
     """Offsets relative to `start`."""
-    after: _Use | None = None
-    """What may read or write its extent until the first part of it is sent to the device."""
     used: _Use | None = None
     """What read it last; None: nobody has told."""
 
@@ -82,10 +78,9 @@ class _Layout:
 class Bank:
     """Device slots for adapters. Not thread-safe: the engine's thread alone uses it.
 
-    On CUDA, unloading, compaction and writing the tables are queued on the current stream. Blocks are copied by
-    Staging's threads on a stream of their own, after the last use of what had its extent before, and beside what was
-    queued later: so kernels already launched see what they were launched with. No thread waits for a block that moves
-    or goes while it is copied: where a part belongs is asked when its copy is queued.
+    On CUDA, compaction is queued on the current stream. A load is copied, with its row of the tables, on a stream of
+    its own, after the last use of what was there before, and beside what was queued later: so kernels already launched
+    see what they were launched with.
 
     arena: (capacity,) every extent.
     table: (sites, max_slots, max_members, 4) int64 on the device: (a offset, b offset, rank, c offset) of each member,
@@ -94,7 +89,8 @@ class Bank:
     c is NO_OFFSET where the adapter has none.
     b_table: `table` as B is multiplied: where ranks gather rows of A (Site.gathered), with the gathered rank.
     scales: (sites, max_slots, max_members) float32 on the device.
-    The three are views of one matrix with a row for each slot, so that a load writes them with one copy.
+    The three are views of one matrix with a row for each slot, so that a load writes them with one copy. The row of an
+    empty slot is its last tenant's.
     """
 
     def __init__(
@@ -128,8 +124,7 @@ class Bank:
         self._entries: list[dict[int, SiteBlock]] = [{} for _ in sites]
         self._factors: dict[int, dict[int, Factors | None]] = {}  # by slot, then site; views made at first use
         self._layouts: dict[int, _Layout] = {}  # by the identity of what adapters of one config share
-        self._staging = Staging.on(self.device, dtype) if self.device.type == "cuda" else None
-        self._moving = threading.Lock()  # held while extents move or go, and while a part's copy to one is queued
+        self._beside = SideStream(self.device) if self.device.type == "cuda" else None
         self._num_uses = 0
         self._freed = self._use()
         """The latest use of all extents that were freed or moved."""
@@ -178,22 +173,22 @@ class Bank:
             self._compact()
             start = self._extents.take(numel)
             assert start is not None
-        tenant = _Tenant(start, numel, packed.sites, after=self._freed)
-        self._place(slot, tenant)
+        row = self._place(slot, _Tenant(start, numel, packed.sites))
         self._generation[slot] = self.version
         self._max_rank[slot] = self._layout(packed.sites).max_rank
-        if self._staging is not None:
-            return self._staging.start(packed.block, partial(self._put, self._staging.stream, slot, tenant))
-        self.arena[start : start + numel].copy_(packed.block)
-        return Load()
+        target = self.arena[start : start + numel]
+        if self._beside is None:
+            target.copy_(packed.block)
+            self._rows[slot].copy_(row)
+            return Load()
+        pairs = [(target, packed.block), (self._rows[slot], row)]
+        return Load(self._beside.copy(pairs, after=self._freed and self._freed.end), packed.block)
 
     def unload(self, slot: int) -> None:
         """Empty a slot. Does nothing when it is empty."""
-        with self._moving:
-            tenant = self._tenants.pop(slot, None)
+        tenant = self._tenants.pop(slot, None)
         if tenant is None:
             return
-        self._rows[slot].zero_()
         self._extents.give(tenant.start, tenant.numel)
         for index in tenant.sites:
             del self._entries[index][slot]
@@ -205,7 +200,7 @@ class Bank:
     def used(self, slots: Iterable[int]) -> None:
         """What was just queued on the current stream reads these slots; what is queued later does not, unless they are
         named here again. Of a slot that was never named, everything is taken to read it."""
-        if self._staging is not None:
+        if self._beside is not None:
             use = self._use()
             for slot in slots:
                 self._tenants[slot].used = use
@@ -234,15 +229,15 @@ class Bank:
             return None
         return factors_at(self.arena, block, self.sites[site], start=self._tenants[slot].start)
 
-    def _place(self, slot: int, tenant: _Tenant) -> None:
-        """Record where a tenant lies, in the python tables and, on the current stream, in the device's."""
+    def _place(self, slot: int, tenant: _Tenant) -> torch.Tensor:
+        """Record where a tenant lies in the python tables; returns what the device's are to say."""
         for index, block in tenant.sites.items():
             self._entries[index][slot] = block
-        row = torch.empty(self._rows.shape[1], dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self._rows[slot].copy_(self._row(tenant, out=row), non_blocking=True)
         self._tenants[slot] = tenant
         self._factors[slot] = {}
         self.version += 1
+        row = torch.empty(self._rows.shape[1], dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return self._row(tenant, out=row)
 
     def _row(self, tenant: _Tenant, out: torch.Tensor) -> torch.Tensor:
         """A tenant's row, in host memory."""
@@ -286,34 +281,18 @@ class Bank:
         max_rank = max((rank for block in sites.values() for rank in block.ranks), default=0)
         return _Layout(sites, row[0], moves[0], max_rank)
 
-    def _put(
-        self, stream: SideStream, slot: int, tenant: _Tenant, first: int, part: torch.Tensor
-    ) -> torch.cuda.Event | None:
-        """Queue the copy of a part of a tenant's block, from its element `first` on. On one of Staging's threads."""
-        with self._moving:
-            if self._tenants.get(slot) is not tenant:
-                return None
-            if tenant.after is not None:
-                stream.follow(tenant.after.end)
-                tenant.after = None
-            start = tenant.start + first
-            return stream.copy(self.arena[start : start + part.numel()], part)
-
     def _compact(self) -> None:
         """Push all extents to the arena's start, in order."""
-        with self._moving:
-            if self._staging is not None:
-                self._staging.stream.join()
-            end = 0
-            for slot, tenant in sorted(self._tenants.items(), key=lambda item: item[1].start):
-                if tenant.start != end:
-                    self._move(slot, tenant, end)
-                end += tenant.numel
-            self._extents = Extents(self.capacity)
-            self._extents.take(end)
-            self._free(moves := self._use())
-            if self._staging is not None and moves is not None:
-                self._staging.stream.follow(moves.end)  # the rest of blocks that moved while they were copied
+        if self._beside is not None:
+            self._beside.join()
+        end = 0
+        for slot, tenant in sorted(self._tenants.items(), key=lambda item: item[1].start):
+            if tenant.start != end:
+                self._move(slot, tenant, end)
+            end += tenant.numel
+        self._extents = Extents(self.capacity)
+        self._extents.take(end)
+        self._free(self._use())
 
     def _move(self, slot: int, tenant: _Tenant, start: int) -> None:
         # Chunk by chunk, front to back, through a copy: source and target overlap.
@@ -322,14 +301,14 @@ class Bank:
             source = self.arena[tenant.start + done : tenant.start + done + count]
             self.arena[start + done : start + done + count].copy_(source.clone())
         tenant.start = start
-        self._place(slot, tenant)
+        self._rows[slot].copy_(self._place(slot, tenant), non_blocking=True)
 
     def _use(self) -> _Use | None:
         """All that is queued on the current stream; None on the CPU, which has done it."""
-        if self._staging is None:
+        if self._beside is None:
             return None
         self._num_uses += 1
-        return _Use(self._num_uses, self._staging.stream.now())
+        return _Use(self._num_uses, self._beside.now())
 
     def _free(self, use: _Use | None) -> None:
         """Extents are free as of the end of `use`."""
@@ -346,12 +325,13 @@ class Bank:
         assert end == self.capacity, "an extent leaves the arena"
         assert self._extents.free == self.capacity - sum(t.numel for t in self._tenants.values())
         assert set(self._factors) == set(self._tenants)
+        if self._beside is not None:
+            self._beside.join()
         rows = self._rows.cpu()
         for slot in range(self.max_slots):
             tenant = self._tenants.get(slot)
             entries = {index: entries[slot] for index, entries in enumerate(self._entries) if slot in entries}
             assert entries == (tenant.sites if tenant else {}), f"slot {slot}: entries disagree"
-            row = torch.zeros_like(rows[slot])
             if tenant is not None:
-                self._row(tenant, out=row)
-            assert torch.equal(rows[slot], row), f"slot {slot}: the device's table or scales disagree"
+                row = self._row(tenant, out=torch.zeros_like(rows[slot]))
+                assert torch.equal(rows[slot], row), f"slot {slot}: the device's table or scales disagree"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-import numpy as np
 import torch
 
 from multigraft.core.errors import AdapterError
@@ -17,6 +16,7 @@ from .block_diagonal import to_dense
 from .plan import Piece, Plan
 from .site import PackedAdapter
 from .tensor_file import Stored, TensorFile
+from .transfer import new_block
 
 COPIED_AT_ONCE = 2**17
 """Elements of a transposed tensor: what the first of its rows brings into the cache is there still for the last. Of
@@ -72,9 +72,9 @@ class FilePlan:
                 copies.append(StridedCopy(dtype, (number, *shape), source, source_strides, target, target_strides))
         return cls(plan, tuple(copies), tuple(rest))
 
-    def pack(self, file: TensorFile, dtype: torch.dtype) -> PackedAdapter:
-        """As `pack`, from a file of that header."""
-        block = _new_block(self.plan, dtype)
+    def pack(self, file: TensorFile, dtype: torch.dtype, device: torch.device | str = "cpu") -> PackedAdapter:
+        """As `pack`, from a file of that header. device: what the block is to be copied to."""
+        block = new_block(self.plan.numel, dtype, device)
         views = {c.dtype: file.data[: file.data.numel() // c.dtype.itemsize * c.dtype.itemsize] for c in self.copies}
         views = {dtype: data.view(dtype) for dtype, data in views.items()}
         if self.copies:
@@ -92,7 +92,7 @@ def pack(plan: Plan, tensor: Callable[[str], torch.Tensor], dtype: torch.dtype) 
 
     AdapterError names the tensor that holds NaN or infinity, before or after the cast to dtype.
     """
-    return _fill(_new_block(plan, dtype), plan, plan.pieces, tensor)
+    return _fill(new_block(plan.numel, dtype), plan, plan.pieces, tensor)
 
 
 def _cut(piece: Piece, stored: Stored) -> Iterator[tuple[int, _Part, tuple[int, int]]]:
@@ -130,12 +130,6 @@ def _runs(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, tuple[int, i
         number, last = number + 1, place
     if number:
         yield number, first, step
-
-
-def _new_block(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
-    # NumPy's zeros are pages that the system clears as they are first written; torch.zeros would write them twice. And
-    # NumPy asks for huge pages: 42 MB of small ones take 19 ms to be faulted in.
-    return torch.from_numpy(np.zeros(plan.numel * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def _fill(

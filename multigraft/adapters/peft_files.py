@@ -128,12 +128,13 @@ def read(
     *,
     base_parameter: Callable[[str], torch.Tensor] | None = None,
     buffers: Buffers | None = None,
+    device: torch.device | str = "cpu",
 ) -> PackedAdapter:
     """Read the weights of an inspected adapter.
 
     base_parameter: finds a parameter of the base model by its path; with it, base weights that the file carries along
     are compared with the model's own. AdapterError when they differ, when a weight is not finite, or when the files
-    changed since they were inspected. buffers: where the file is read to.
+    changed since they were inspected. buffers: where the file is read to. device: what the adapter is to be copied to.
     """
     contents = spec.contents
     with _blame(spec.folder):
@@ -141,7 +142,9 @@ def read(
         try:
             buffers = buffers or Buffers(keep=0)
             with TensorFile.load(spec.folder / WEIGHTS, contents.header, contents.tensors, buffers) as file:
-                packed, *others = (plan.pack(file, dtype) for plan in contents.plans)
+                first, *further = contents.plans
+                packed = first.pack(file, dtype, device)
+                others = [plan.pack(file, dtype) for plan in further]
                 if base_parameter is not None:
                     for copy in spec.plan.base_copies:
                         _check_base_copy(copy.key, file.read(copy.key), base_parameter(copy.parameter))

@@ -84,15 +84,18 @@ class AdapterStore:
         max_host_bytes: int | None = None,
         base_parameter: Callable[[str], torch.Tensor] | None = None,
         other_ranks: Sequence[Sequence[Site]] = (),
+        device: torch.device | str = "cpu",
     ):
         """base_name: served name of the base model. capacity_bytes: the bank's; larger adapters are refused.
-        base_parameter: see peft_files.read. other_ranks: the sites of each further rank of a tensor-parallel engine."""
+        base_parameter, device: see peft_files.read. other_ranks: the sites of each further rank of a tensor-parallel
+        engine."""
         self._config = config
         self._dtype = dtype
         self._base_name = base_name
         self._capacity_bytes = capacity_bytes
         self._max_host_bytes = max_host_bytes
         self._base_parameter = base_parameter
+        self._device = device
         self._inspector = peft_files.Inspector(sites, max_rank=config.max_lora_rank, other_ranks=other_ranks)
         self._buffers = Buffers(keep=fetch_threads())
         self._lock = threading.RLock()
@@ -308,7 +311,9 @@ class AdapterStore:
 
     def _read(self, spec: AdapterSpec) -> PackedAdapter:
         try:
-            return peft_files.read(spec, self._dtype, base_parameter=self._base_parameter, buffers=self._buffers)
+            return peft_files.read(
+                spec, self._dtype, base_parameter=self._base_parameter, buffers=self._buffers, device=self._device
+            )
         finally:
             release_pool()  # these threads come and go; the engine's is the one that computes
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from multigraft.adapters.staging import Load
+from multigraft.adapters.transfer import Load
 from multigraft.core.batch import AdapterMove
 from multigraft.core.errors import AdapterError, MultigraftError
 from multigraft.engine.parts import EngineParts
@@ -52,6 +52,11 @@ class AdapterLoads:
             self._to_device(move, future)
         else:
             future.add_done_callback(lambda f: self._post(partial(self._to_device, move, f)))
+
+    def wait(self) -> None:
+        """Until no copy is under way."""
+        for _, copy in self._copies:
+            copy.wait()
 
     def finish(self) -> None:
         """Tell scheduling of the adapters that have arrived since."""

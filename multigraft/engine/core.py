@@ -239,6 +239,7 @@ class EngineCore:
             while self._inbox:  # what was posted is begun, so that it ends like the rest
                 self._inbox.popleft()()
             self.trainer.stop_all()
+            self._loads.wait()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=reason)
             self._flush()

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import PackedAdapter, SiteBlock
-from multigraft.adapters.staging import Load
+from multigraft.adapters.transfer import Load, new_block
 from multigraft.core.batch import AdapterMove, Batch
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import InvalidRequest, ModelNotSupported, RankLost
@@ -286,7 +286,9 @@ def send_part(part: PackedAdapter | None, slot: int, rank: int, group: dist.Proc
     dist.send(part.block.view(torch.uint8), rank, group)
 
 
-def receive_part(dtype: torch.dtype, group: dist.ProcessGroup) -> tuple[int, PackedAdapter] | None:
+def receive_part(
+    dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+) -> tuple[int, PackedAdapter] | None:
     """(slot, this rank's part) of what rank 0 sends with send_part; None when no more come."""
     header = torch.empty(3, dtype=torch.int64)
     dist.recv(header, 0, group)
@@ -295,11 +297,11 @@ def receive_part(dtype: torch.dtype, group: dist.ProcessGroup) -> tuple[int, Pac
         return None
     layout = torch.empty(layout_len, dtype=torch.uint8)
     dist.recv(layout, 0, group)
-    block = torch.from_numpy(np.empty(numel * dtype.itemsize, np.uint8))  # NumPy asks for huge pages
-    dist.recv(block, 0, group)
+    block = new_block(numel, dtype, device)
+    dist.recv(block.view(torch.uint8), 0, group)
     sites = json.loads(layout.numpy().tobytes())
     blocks = {int(i): SiteBlock(tuple(r), tuple(s), a, tuple(b), c) for i, (r, s, a, b, c) in sites.items()}
-    return slot, PackedAdapter(block=block.view(dtype), sites=blocks)
+    return slot, PackedAdapter(block=block, sites=blocks)
 
 
 def _abort_collectives() -> None:

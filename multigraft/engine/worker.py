@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from multigraft.adapters.site import PackedAdapter
-from multigraft.adapters.staging import Load
+from multigraft.adapters.transfer import Load
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import MultigraftError
 from multigraft.engine import wire
@@ -62,10 +62,11 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
     arrived: queue.Queue[tuple[int, PackedAdapter] | RuntimeError] = queue.Queue()
     loaded = parts.loaded
     loads: dict[int, Load] = {}  # by slot; those that no step has needed yet
+    ending: list[Load] = []  # others under way: their blocks are to stay
 
     def receive() -> None:
         try:
-            while part := receive_part(loaded.dtype, transfers):
+            while part := receive_part(loaded.dtype, loaded.device, transfers):
                 arrived.put(part)
         except RuntimeError as e:  # a broken connection; handed to the thread that waits for an adapter
             arrived.put(e)
@@ -77,8 +78,10 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
         kind = message[0]
         if kind == wire.STEP:
             batch, rows, num_late = wire.decode(message)
+            ending = [load for load in ending if not load.ready()]
             for slot in loads.keys() & {span.slot for span in batch.spans}:
-                loads.pop(slot).join()
+                loads[slot].join()
+                ending.append(loads.pop(slot))
             late = None
             if num_late:
                 late = LateTokens(torch.empty(num_late, dtype=torch.int64, device=loaded.device), rows)
@@ -92,6 +95,8 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
                 raise part
             slot, packed = part
             assert slot == message[1], (slot, message)
+            if slot in loads:
+                ending.append(loads[slot])
             loads[slot] = parts.bank.load(slot, packed)
         elif kind == wire.UNLOAD:
             parts.bank.unload(int(message[1]))

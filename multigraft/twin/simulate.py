@@ -129,7 +129,7 @@ class Twin:
         """Copies to the device: a heap of (due, number, start of the load, move)."""
         self._num_loads = 0
         self._copied = 0.0
-        """When the copying threads will be done with what they have."""
+        """When the copies under way will be done."""
         self._in_flight: _Flight | None = None
         self._delivered = 0.0
         """When the last results came."""
@@ -356,8 +356,7 @@ class Twin:
             self.record.loads.append(Load(move.ref.name, start, self.now - start))  # type: ignore[union-attr]
 
     def _begin_copies(self) -> None:
-        """Of adapters in host memory: on the CPU a copy takes the engine's own time, elsewhere that of the copying
-        threads, which all work on the first one."""
+        """Of adapters in host memory: on the CPU in the engine's own time, elsewhere on the bus, one at a time."""
         loads = self.profile.loads
         while self._host.done:
             move, start = self._host.done.popleft()

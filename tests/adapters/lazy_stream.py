@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
 from multigraft.adapters.bank import Bank
-from multigraft.adapters.staging import Staging
 
 
 class LazyEvent:
-    """The end of the copy that was queued before it."""
+    """The end of the copies that were queued before it."""
 
     def __init__(self, stream: LazyStream):
         self._stream = stream
@@ -35,43 +34,37 @@ class LazyStream:
     """In place of SideStream."""
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[torch.Tensor, torch.Tensor, LazyEvent]] = deque()
-        self._lock = threading.Lock()
+        self._queue: deque[tuple[torch.Tensor, torch.Tensor] | LazyEvent] = deque()
         self.calls: list[str] = []
         self.queued = "nothing"
 
     def run_one(self) -> None:
-        with self._lock:
-            if self._queue:
-                target, source, event = self._queue.popleft()
-                target.copy_(source)
-                event.done = True
-
-    def enter(self) -> None:
-        pass
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> LazyEvent:
-        event = LazyEvent(self)
-        with self._lock:
-            self._queue.append((target, source, event))
-        self.calls.append("copy")
-        return event
+        if self._queue:
+            first = self._queue.popleft()
+            if isinstance(first, LazyEvent):
+                first.done = True
+            else:
+                first[0].copy_(first[1])
 
     def now(self) -> str:
         """What the current stream has been given, for `calls`."""
         return self.queued
 
-    def follow(self, event: str) -> None:
-        self.calls.append(f"after {event}")
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: str | None) -> LazyEvent:
+        self.calls.append(f"copy after {after}")
+        self._queue += pairs
+        event = LazyEvent(self)
+        self._queue.append(event)
+        return event
 
     def join(self) -> None:
+        self.calls.append("join")
         while self._queue:
             self.run_one()
 
 
-def stage_lazily(bank: Bank, *, chunks: int, numel: int) -> LazyStream:
-    """Let a bank on the CPU load as on CUDA, through so many chunks of so many elements."""
+def load_lazily(bank: Bank) -> LazyStream:
+    """Let a bank on the CPU load as on CUDA."""
     stream = LazyStream()
-    memory = [torch.full((numel,), torch.nan, dtype=bank.arena.dtype) for _ in range(chunks)]
-    bank._staging = Staging(stream, memory)  # type: ignore[arg-type]
+    bank._beside = stream  # type: ignore[assignment]
     return stream

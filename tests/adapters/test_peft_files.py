@@ -395,8 +395,8 @@ def test_files_changed_while_they_are_read(make_folder, sites, monkeypatch):
     folder = make_folder()
     spec, pack = inspect(folder, sites, max_rank=8), FilePlan.pack
 
-    def pack_and_replace(plan, file, dtype):
-        packed = pack(plan, file, dtype)
+    def pack_and_replace(*args):
+        packed = pack(*args)
         os.utime(folder / "adapter_model.safetensors", ns=(1, 1))
         return packed
 

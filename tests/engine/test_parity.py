@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from multigraft import Engine, SamplingParams
-from tests.adapters.lazy_stream import stage_lazily
+from tests.adapters.lazy_stream import load_lazily
 from tests.engine.peft_cases import CASES, reference_tokens, write_adapter
 from tests.tiny import ARCHITECTURES, DEVICE, VOCAB, build_checkpoint
 
@@ -174,9 +174,9 @@ def test_adapters_that_arrive_late(llama: World, monkeypatch: pytest.MonkeyPatch
     """Copied as on CUDA: part by part, while steps run that do not wait for them."""
     with llama.engine(max_loras=2) as engine, ThreadPoolExecutor(1) as client:
         bank, go = engine._engine.parts.bank, threading.Event()
-        stage_lazily(bank, chunks=2, numel=5000)
-        put = bank._put
-        monkeypatch.setattr(bank, "_put", lambda *args: go.wait(30) and put(*args))
+        stream = load_lazily(bank)
+        run_one = stream.run_one
+        monkeypatch.setattr(stream, "run_one", lambda: go.is_set() and run_one())
         adapted = client.submit(llama.check, engine)
         index = NAMES.index(None)
         (base,) = engine.generate([llama.jobs[index][1]], GREEDY)
