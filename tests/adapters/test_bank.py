@@ -1,6 +1,8 @@
 """The device bank: contents, accounting and tables under random loads and unloads."""
 
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,6 +293,28 @@ def test_loads_follow_what_used_their_extents():
     assert stream.calls == ["join"], "blocks are there before they move"
     assert load(0) == ["copy after moves"]
     bank.check_integrity()
+
+
+@pytest.mark.parametrize("error", ["success", "no memory"])
+def test_blocks_are_locked_until_their_last_reference_goes(monkeypatch, caplog, error):
+    """With a stand-in for CUDA's runtime."""
+    calls: list[tuple[object, ...]] = []
+    cudart = SimpleNamespace(
+        cudaError=SimpleNamespace(success="success"),
+        cudaHostRegister=lambda *args: calls.append(args) or error,
+        cudaHostUnregister=lambda address: calls.append((address,)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    block = new_block(10**6, torch.bfloat16, "cuda:0")
+    address = block.data_ptr()
+    assert calls == [(address, 2 * 10**6, 0)]
+    view = block[5:]
+    del block
+    assert len(calls) == 1
+    del view
+    assert calls[1:] == ([(address,)] if error == "success" else [])
+    assert ("could not be page-locked: no memory" in caplog.text) is (error != "success")
 
 
 def test_new_blocks_are_zero_and_keep_their_pages():
