@@ -14,6 +14,8 @@ appends the line to benchmarks/results/preft.jsonl.
 Where a machine is lent for minutes only, run it in pieces (--rank, --methods) and then show them together:
 
     python -m benchmarks.preft --join 4      table and plot of the last four lines of results/preft.jsonl
+
+Of cases that several lines have, the last one's counts.
 """
 
 from __future__ import annotations
@@ -156,6 +158,13 @@ def run_elsewhere(*task: Any) -> None:
         sys.exit(process.exitcode)
 
 
+def joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of each case, in order."""
+    names = [m.name for m in METHODS]
+    last = {(r["shape"], r["rank"], names.index(r["method"]), r["adapters"], r["slots_at_hand"]): r for r in rows}
+    return [last[case] for case in sorted(last)]
+
+
 def share_of_base(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         shared = ("shape", "rank", "slots_at_hand")
@@ -183,15 +192,14 @@ def plot(rows: list[dict[str, Any]], adapters: list[int], file: Path) -> None:
     panels = sorted({(r["shape"], r["rank"]) for r in rows})
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
-        for method in METHODS:
+        for i, method in enumerate(METHODS):
             mine = [r for r in rows if r["method"] == method.name and (r["shape"], r["rank"]) == panel]
             if method.family is None:
                 axis.axhline(mine[0]["tok_s"], color="black", linestyle="--", label="base")
             elif mine:
                 style = "-" if method.scope is Scope.PREFILL else ":"
-                axis.plot(
-                    [r["adapters"] for r in mine], [r["tok_s"] for r in mine], style, marker="o", label=method.name
-                )
+                points = [r["adapters"] for r in mine], [r["tok_s"] for r in mine]
+                axis.plot(*points, style, color=f"C{i}", marker="o", label=method.name)
         axis.set(
             xscale="log", xlabel="adapters", ylabel="output tok/s", title=f"prompt:output {panel[0]}, r={panel[1]}"
         )
@@ -232,7 +240,7 @@ def main() -> None:
     args = parse()
     if args.join:
         lines = (RESULTS / "preft.jsonl").read_text().splitlines()[-args.join :]
-        rows = [row for line in lines for row in json.loads(line)["rows"]]
+        rows = joined([row for line in lines for row in json.loads(line)["rows"]])
         show(rows)
         plot(rows, sorted({r["adapters"] for r in rows} - {0}), args.plot)
         return
