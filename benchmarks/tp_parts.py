@@ -136,8 +136,10 @@ class Parts:
 
     def __post_init__(self) -> None:
         lines = read_lines(self.folder, "lora_kernels")
-        kinds = (("gemm",), ("layer",), ("decode", "tp"), ("prefill",))
-        gemm, layers, decode, prefill = (newest(lines, lambda row, k=k: row["kind"] in k) for k in kinds)
+        kinds = (("gemm",), ("decode", "tp"), ("prefill",))
+        gemm, decode, prefill = (newest(lines, lambda row, k=k: row["kind"] in k) for k in kinds)
+        alike = [line for line in lines if decode and known_gpu(line) == known_gpu(decode)]
+        layers = newest(alike, lambda row: row["kind"] == "layer")
         needed = {"layer": layers, "decode": decode, "prefill": prefill}
         assert all(needed.values()), f"{self.folder}/lora_kernels.jsonl must have rows of each kind of {list(needed)}"
         self._read_others()

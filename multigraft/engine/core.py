@@ -227,6 +227,7 @@ class EngineCore:
                     self._timed_step(batch)
                 self._flush()
                 if not batch and batch.train is None and self._in_flight is None:
+                    self._end_turn()  # without the wait
                     self._clock.idle()
                     self._wake.wait(0.001 if self._loads.copying else 1.0)
         except BaseException as error:
