@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -240,13 +241,14 @@ class EngineCore:
             while self._inbox:  # what was posted is begun, so that it ends like the rest
                 self._inbox.popleft()()
             self.trainer.stop_all()
-            self._loads.wait()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=reason)
             self._flush()
             if self.parts.ranks is not None:
                 self.parts.runner.drop_graphs()
                 self.parts.ranks.close()
+            with suppress(RuntimeError):  # of a device that is lost
+                self._loads.wait()
 
     def _end_turn(self) -> None:
         now, batch = time.monotonic(), self._collected
