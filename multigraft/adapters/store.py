@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,8 @@ class AdapterStore:
         self._uids = itertools.count(1)
         # With a pool of OpenMP threads each they would stand in each other's way, and on the CPU in that of the steps.
         self._threads = ThreadPoolExecutor(fetch_threads(), "adapter-fetch", initializer=compute_alone)
+        # Unlocking pages takes a millisecond or more, and nobody is to wait for it.
+        self._releasing = ThreadPoolExecutor(1, "adapter-release")
 
     def register(
         self, name: str, path: str | Path, scope: Scope | None = None, *, validate: bool = False
@@ -272,6 +275,7 @@ class AdapterStore:
     def close(self) -> None:
         """End the threads; fetches that have not begun fail with ShuttingDown."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._releasing.shutdown()
         with self._lock:
             for version in self._versions.values():
                 if version.fetching is not None:
@@ -357,13 +361,18 @@ class AdapterStore:
         """Let the least recently fetched copies go until the bounds hold, but none that a request holds."""
         nbytes = self.host_bytes if self._max_host_bytes is not None else 0
         idle = (uid for uid in list(self._host) if self._versions[uid].users == 0)
+        gone = []
         while len(self._host) > self._config.max_cpu_loras or (
             self._max_host_bytes is not None and nbytes > self._max_host_bytes
         ):
             uid = next(idle, None)
             if uid is None:
-                return
-            nbytes -= self._host.pop(uid).nbytes
+                break
+            gone.append(self._host.pop(uid))
+            nbytes -= gone[-1].nbytes
+        if gone:
+            with suppress(RuntimeError):  # after close()
+                self._releasing.submit(gone.clear)
 
 
 def _shutting_down() -> ShuttingDown:

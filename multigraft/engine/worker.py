@@ -13,6 +13,8 @@ import queue
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 
 import numpy as np
 import torch
@@ -63,6 +65,7 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
     loaded = parts.loaded
     loads: dict[int, Load] = {}  # by slot; those that no step has needed yet
     ending: list[Load] = []  # others under way: their blocks are to stay
+    releasing = ThreadPoolExecutor(1, "adapter-release")
 
     def receive() -> None:
         try:
@@ -78,7 +81,11 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
         kind = message[0]
         if kind == wire.STEP:
             batch, rows, num_late = wire.decode(message)
-            ending = [load for load in ending if not load.ready()]
+            if ending:
+                ready = [load.ready() for load in ending]
+                ended = list(compress(ending, ready))
+                ending = [load for load, is_ready in zip(ending, ready, strict=True) if not is_ready]
+                releasing.submit(ended.clear)  # unlocking pages takes a while
             for slot in loads.keys() & {span.slot for span in batch.spans}:
                 loads[slot].join()
                 ending.append(loads.pop(slot))
