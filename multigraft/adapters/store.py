@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .names import check_name
 from .peft_files import CONFIG, AdapterSpec
 from .site import PackedAdapter, Site
 from .tensor_file import Buffers
+from .transfer import release
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +106,6 @@ class AdapterStore:
         self._uids = itertools.count(1)
         # With a pool of OpenMP threads each they would stand in each other's way, and on the CPU in that of the steps.
         self._threads = ThreadPoolExecutor(fetch_threads(), "adapter-fetch", initializer=compute_alone)
-        # Unlocking pages takes a millisecond or more, and nobody is to wait for it.
-        self._releasing = ThreadPoolExecutor(1, "adapter-release")
 
     def register(
         self, name: str, path: str | Path, scope: Scope | None = None, *, validate: bool = False
@@ -275,7 +273,6 @@ class AdapterStore:
     def close(self) -> None:
         """End the threads; fetches that have not begun fail with ShuttingDown."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._releasing.shutdown()
         with self._lock:
             for version in self._versions.values():
                 if version.fetching is not None:
@@ -371,8 +368,7 @@ class AdapterStore:
             gone.append(self._host.pop(uid))
             nbytes -= gone[-1].nbytes
         if gone:
-            with suppress(RuntimeError):  # after close()
-                self._releasing.submit(gone.clear)
+            release(gone)
 
 
 def _shutting_down() -> ShuttingDown:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,6 +56,14 @@ def new_block(numel: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     if device.type == "cuda":
         pages.lock(block.data_ptr(), device)
     return block
+
+
+_releasing = ThreadPoolExecutor(1, "adapter-release")
+
+
+def release(blocks: list[Any]) -> None:
+    """Let go of what the list holds, on another thread: unlocking pages takes a millisecond or more."""
+    _releasing.submit(blocks.clear)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import queue
 import signal
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from multigraft.adapters.site import PackedAdapter
-from multigraft.adapters.transfer import Load
+from multigraft.adapters.transfer import Load, release
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import MultigraftError
 from multigraft.engine import wire
@@ -65,7 +64,6 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
     loaded = parts.loaded
     loads: dict[int, Load] = {}  # by slot; those that no step has needed yet
     ending: list[Load] = []  # others under way: their blocks are to stay
-    releasing = ThreadPoolExecutor(1, "adapter-release")
 
     def receive() -> None:
         try:
@@ -85,7 +83,7 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
                 ready = [load.ready() for load in ending]
                 ended = list(compress(ending, ready))
                 ending = [load for load, is_ready in zip(ending, ready, strict=True) if not is_ready]
-                releasing.submit(ended.clear)  # unlocking pages takes a while
+                release(ended)
             for slot in loads.keys() & {span.slot for span in batch.spans}:
                 loads[slot].join()
                 ending.append(loads.pop(slot))

@@ -78,7 +78,7 @@ class Runner:
         try:
             return self._execute(batch, late, riding)
         finally:
-            self.grafts.bank.used({span.slot for span in batch.spans if span.slot is not None})
+            self.grafts.bank.used(span.slot for span in batch.spans if span.slot is not None)
 
     def _execute(
         self, batch: Batch, late: LateTokens | None, riding: AbstractContextManager[None] | None

@@ -6,7 +6,7 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import takewhile
 
 from multigraft.core.batch import AdapterMove
 from multigraft.core.errors import CapacityExceeded
@@ -102,7 +102,9 @@ class Residency:
         return list(takewhile(lambda uid: self._num_pins - self.missing[uid] >= max_bypass, self.missing))
 
     def any_overdue(self, max_bypass: int) -> bool:
-        return any(self._num_pins - pins >= max_bypass for pins in islice(self.missing.values(), 1))
+        """Whether overdue has any: if so, the one that is missing longest."""
+        since = next(iter(self.missing.values()), None)
+        return since is not None and self._num_pins - since >= max_bypass
 
     def pin(self, uid: int) -> int:
         """Hold a ready adapter for a running request; returns its slot."""

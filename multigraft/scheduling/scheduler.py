@@ -332,7 +332,10 @@ class Scheduler:
         lanes, residency, priority = self._queue.lanes, self.residency, lane.head.priority
 
         def may_leave(uid: int) -> bool:
-            return uid not in lanes or lanes[uid].head.priority >= priority + residency.fresh(uid)
+            if uid not in lanes:
+                return True
+            other = lanes[uid].head.priority
+            return other > priority or (other == priority and not residency.fresh(uid))
 
         residency.make_way(lane.nbytes, may_leave)
 

@@ -158,7 +158,7 @@ def locked(packed: PackedAdapter) -> PackedAdapter:
 def test_loads_under_way_are_moved_and_replaced_in_order():
     """Nobody waits for a load here but the reader at the end: copies of 64 MiB, overtaken by moves and unloads.
 
-    And no memory is locked for them, but the little that a row of the table takes.
+    And they take no page-locked memory of PyTorch's, but the little that a row of the table is.
     """
     site = Site(0, SiteKind.LINEAR, ("big",), 2**20, (64,))
 

@@ -171,7 +171,7 @@ def test_fewer_slots_than_adapters(llama: World, slots: int) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands for CUDA")
 def test_adapters_that_arrive_late(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copied as on CUDA: part by part, while steps run that do not wait for them."""
+    """Copied as on CUDA, while steps run that do not wait for them."""
     with llama.engine(max_loras=2) as engine, ThreadPoolExecutor(1) as client:
         bank, go = engine._engine.parts.bank, threading.Event()
         stream = load_lazily(bank)
