@@ -132,34 +132,27 @@ def lock(nbytes: int) -> None:
         pages.unlock()
 
 
-def measure(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, root: Path, method: str, threads: int, is_busy: bool) -> list[dict[str, Any]]:
+    path = LoadPath(args, root, method, threads)
+    n, launches = args.adapters, []
+    times, longest = {"inspect": path.inspect_seconds}, {}
+    stages = [("read", path.read), ("arrive", path.arrive), ("again", path.arrive), ("alone", path.arrive_alone)]
+    if args.device == "cuda" and threads == args.threads[0]:
+        stages.append(("lock", partial(lock, path.nbytes)))
+    stages += [("reuse", path.read_others)] * 2  # the first time, up to a block for each thread is new
+    with busy(path.device, launches) if is_busy else nullcontext():
+        for stage, call in [("nothing", partial(time.sleep, 1)), *stages] if is_busy else stages:
+            launches.clear()
+            times[stage] = seconds(call) * (n / LOCKED_BLOCKS if stage == "lock" else 1)
+            longest[stage] = 1e3 * max(launches, default=0.0)
+    times["load"] = path.load_seconds / 3
+    path.store.close()
     rows = []
-    for method, threads in itertools.product(args.methods, args.threads):
-        for is_busy in (False, True)[: 2 if args.device == "cuda" else 1]:
-            path = LoadPath(args, root, method, threads)
-            n, launches = args.adapters, []
-            times, longest = {"inspect": path.inspect_seconds}, {}
-            stages = [
-                ("read", path.read),
-                ("arrive", path.arrive),
-                ("again", path.arrive),
-                ("alone", path.arrive_alone),
-            ]
-            if args.device == "cuda" and threads == args.threads[0]:
-                stages.append(("lock", partial(lock, path.nbytes)))
-            stages += [("reuse", path.read_others)] * 2  # the first time, up to a block for each thread is new
-            with busy(path.device, launches) if is_busy else nullcontext():
-                for stage, call in [("nothing", partial(time.sleep, 1)), *stages] if is_busy else stages:
-                    launches.clear()
-                    times[stage] = seconds(call) * (n / LOCKED_BLOCKS if stage == "lock" else 1)
-                    longest[stage] = 1e3 * max(launches, default=0.0)
-            times["load"] = path.load_seconds / 3
-            path.store.close()
-            for stage, spent in times.items():
-                row = {"method": method, "threads": threads, "gpu_busy": is_busy, "stage": stage, "ms": 1e3 * spent / n}
-                row |= {"gb_s": path.nbytes * n / spent / 1e9, "longest_launch_ms": longest.get(stage, 0.0)}
-                rows.append(row)
-            print(rows[-1], flush=True)
+    for stage, spent in times.items():
+        row = {"method": method, "threads": threads, "gpu_busy": is_busy, "stage": stage, "ms": 1e3 * spent / n}
+        row |= {"gb_s": path.nbytes * n / spent / 1e9, "longest_launch_ms": longest.get(stage, 0.0)}
+        rows.append(row)
+    print(rows[-1], flush=True)
     return rows
 
 
@@ -179,7 +172,10 @@ def main() -> None:
         config = transformers.AutoConfig.from_pretrained(root / "model")
         write_adapter(root / "lora", config, args.rank, seed=0)
         write_direft(root / "direft", config, args.rank, seed=0)
-        rows = measure(args, root)
+        rows = []
+        for case in itertools.product(args.methods, args.threads, (False, True)[: 2 if args.device == "cuda" else 1]):
+            rows += measure(args, root, *case)
+            time.sleep(1)  # most of its blocks are unlocked now
     table = Table("method", "threads", "GPU", "stage", "ms each", "GB/s", "longest launch")
     for r in rows:
         gpu, longest = ("busy", f"{r['longest_launch_ms']:.2f}") if r["gpu_busy"] else ("idle", "")
