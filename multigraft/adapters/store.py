@@ -25,7 +25,6 @@ from .names import check_name
 from .peft_files import CONFIG, AdapterSpec
 from .site import PackedAdapter, Site
 from .tensor_file import Buffers
-from .transfer import release
 
 log = logging.getLogger(__name__)
 
@@ -358,17 +357,13 @@ class AdapterStore:
         """Let the least recently fetched copies go until the bounds hold, but none that a request holds."""
         nbytes = self.host_bytes if self._max_host_bytes is not None else 0
         idle = (uid for uid in list(self._host) if self._versions[uid].users == 0)
-        gone = []
         while len(self._host) > self._config.max_cpu_loras or (
             self._max_host_bytes is not None and nbytes > self._max_host_bytes
         ):
             uid = next(idle, None)
             if uid is None:
                 break
-            gone.append(self._host.pop(uid))
-            nbytes -= gone[-1].nbytes
-        if gone:
-            release(gone)
+            nbytes -= self._host.pop(uid).nbytes
 
 
 def _shutting_down() -> ShuttingDown:

@@ -13,14 +13,13 @@ import queue
 import signal
 import sys
 import threading
-from itertools import compress
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from multigraft.adapters.site import PackedAdapter
-from multigraft.adapters.transfer import Load, release
+from multigraft.adapters.transfer import Load
 from multigraft.core.config import EngineConfig
 from multigraft.core.errors import MultigraftError
 from multigraft.engine import wire
@@ -79,11 +78,7 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
         kind = message[0]
         if kind == wire.STEP:
             batch, rows, num_late = wire.decode(message)
-            if ending:
-                ready = [load.ready() for load in ending]
-                ended = list(compress(ending, ready))
-                ending = [load for load, is_ready in zip(ending, ready, strict=True) if not is_ready]
-                release(ended)
+            ending = [load for load in ending if not load.ready()]
             for slot in loads.keys() & {span.slot for span in batch.spans}:
                 loads[slot].join()
                 ending.append(loads.pop(slot))

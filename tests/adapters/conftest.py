@@ -9,8 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from multigraft.adapters import transfer
 from multigraft.adapters.site import Site
 from tests.adapters.peft_folders import new_model, save_adapter, sites_of
+
+
+@pytest.fixture(autouse=True)
+def new_blocks_hold_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pages may that another block had: nobody is to take them for zeros."""
+    take = transfer._Pool.take
+
+    def take_nan(pool: transfer._Pool, nbytes: int, device: torch.device) -> transfer._Pages:
+        pages = take(pool, nbytes, device)
+        torch.frombuffer(pages, dtype=torch.uint8).fill_(255)
+        return pages
+
+    monkeypatch.setattr(transfer._Pool, "take", take_nan)
 
 
 @pytest.fixture(scope="session")

