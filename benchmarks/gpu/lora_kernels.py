@@ -33,7 +33,9 @@ from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, 
 from multigraft.kernels.tiles import DECODE_ROWS as LOW_RANK_ROWS
 from multigraft.kernels.tiles import HIGH_RANK_ROWS, build_tiles, choose_block_m, decode_rows, max_tiles
 from multigraft.kernels.tiles import PREFILL_ROWS as PROMPT_ROWS
-from multigraft.models.segments import APART_ROWS, side_by_side
+from multigraft.models.segments import side_by_side
+
+APART_ROWS = 32
 
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),

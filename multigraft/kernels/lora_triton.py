@@ -2,7 +2,7 @@
 lora_triton_grad.py, the backward pass.
 
     shrink   h = x Wᵀ      forward: W = A, and + c  backward: x = g, W = B
-    expand   y += h W      forward: W = B           backward: y = d_x, W = A;  or y = h W
+    expand   y += h W      forward: W = B           backward: y = d_x, W = A
     gated    z = silu(gate + h W) * (up + h W')     expand inside SwiGLU, which spares a pass over the widest y
     outer    d_W = hᵀ x    backward: (hᵀ g for B, uᵀ x for A, with which d_c is the sum of u over the rows)
 
@@ -226,26 +226,22 @@ def _add_row(y, offs_n, mask, old, delta):
 def _expand_kernel(
     y, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, y_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr,
-    ADD: tl.constexpr, BASE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_M: tl.constexpr,
-    DOT_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DOT_M: tl.constexpr, DOT_N: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W.
-
-    Without ADD y = that, zero in tiles of the slot BASE and where the rank is 0."""
+    """y[rows, a block of the member's columns] += scale * h[rows, first : first + rank] W."""
     tile = tiles + tl.program_id(1) * 3
     slot = tl.load(tile + 2)
-    if (slot < 0) & (ADD | (slot != BASE)):
+    if slot < 0:
         if PDL:
             gdc_wait()
         return
     first_row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     member, left, width, block = _locate(tl.program_id(0), WIDTHS, BLOCKS)
-    known = tl.maximum(slot, 0)
-    w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, known, member, MEMBERS, SIDE)
-    rank = tl.where(slot < 0, 0, rank)
+    w, rank, first, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, member, MEMBERS, SIDE)
     if PDL:
         gdc_wait()
-    if ADD & (rank == 0):
+    if rank == 0:
         return
     h += first_row * h_stride + first
     y += first_row * y_stride + left
@@ -254,10 +250,10 @@ def _expand_kernel(
         in_n = offs_n < width
         nth = tl.zeros_like(offs_n)
         n1, n2, n3 = in_n & (nth + 1 < rows), in_n & (nth + 2 < rows), in_n & (nth + 3 < rows)
-        y0 = tl.load(y + offs_n, mask=in_n & ADD, other=0.0)  # before the products: its latency hides behind theirs
-        y1 = tl.load(y + y_stride + offs_n, mask=n1 & ADD, other=0.0)
-        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2 & ADD, other=0.0)
-        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3 & ADD, other=0.0)
+        y0 = tl.load(y + offs_n, mask=in_n, other=0.0)  # before the products: its latency hides behind theirs
+        y1 = tl.load(y + y_stride + offs_n, mask=n1, other=0.0)
+        y2 = tl.load(y + 2 * y_stride + offs_n, mask=n2, other=0.0)
+        y3 = tl.load(y + 3 * y_stride + offs_n, mask=n3, other=0.0)
         d0, d1, d2, d3 = _four_products(
             h, w, rank, rows, offs_n, in_n, width, split_stride, h_stride, SPLITS, BLOCK_R, BLOCK_N
         )  # fmt: skip
@@ -267,18 +263,19 @@ def _expand_kernel(
         _add_row(y + 3 * y_stride, offs_n, n3, y3, scale * d3)
     else:
         # Tile by tile of W, the next ones under way, h at hand.
-        dtype: tl.constexpr = y.dtype.element_ty if ADD else w.dtype.element_ty
         offs_m = tl.arange(0, DOT_M)
         in_m = offs_m < rows
         stop = tl.minimum((block + 1) * BLOCK_N, width)
-        for r_start in range(0, tl.maximum(rank, 1), BLOCK_R):
-            h_mr = _tile_of_h(h, r_start, rank, rows, split_stride, h_stride, dtype, SPLITS, DOT_M, BLOCK_R)
+        for r_start in range(0, rank, BLOCK_R):
+            h_mr = _tile_of_h(
+                h, r_start, rank, rows, split_stride, h_stride, y.dtype.element_ty, SPLITS, DOT_M, BLOCK_R
+            )  # fmt: skip
             for n_start in tl.range(block * BLOCK_N, stop, DOT_N, num_stages=STAGES):
                 offs_n = n_start + tl.arange(0, DOT_N)
-                w_rn = _rows_of_w(w, r_start, rank, offs_n, width, dtype, BLOCK_R)
+                w_rn = _rows_of_w(w, r_start, rank, offs_n, width, y.dtype.element_ty, BLOCK_R)
                 y_mn = y + offs_m[:, None] * y_stride + offs_n[None, :]
                 y_mask = in_m[:, None] & (offs_n < width)[None, :]
-                old = tl.load(y_mn, mask=y_mask & (ADD | (r_start > 0)), other=0.0).to(tl.float32)
+                old = tl.load(y_mn, mask=y_mask, other=0.0).to(tl.float32)
                 delta = scale * tl.dot(h_mr, w_rn, input_precision="ieee")
                 tl.store(y_mn, (old + delta).to(y.dtype.element_ty), mask=y_mask)
 
@@ -469,25 +466,13 @@ def _workspace(x: torch.Tensor, work: Work, widths: Sequence[int]) -> tuple[torc
     return h, chunk, blocks
 
 
-def expand(
-    y: torch.Tensor,
-    h: torch.Tensor,
-    arena: torch.Tensor,
-    work: Work,
-    side: str,
-    widths: Sequence[int],
-    *,
-    add: bool = True,
-) -> None:
-    """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place.
-
-    add=False: y = that, whatever y held, and zero where no adapter acts, in rows of tiles of the slot BASE, too.
-    """
+def expand(y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: Work, side: str, widths: Sequence[int]) -> None:
+    """y (T, sum(widths)) += what h (splits, T, columns) gives on this side, in place."""
     options = EXPAND[_kind(work, work.tiles)]
     blocks = _blocks(widths, options["BLOCK_N"])
     _expand_kernel[(sum(blocks), len(work.tiles))](
         y, h, arena, work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), y.stride(0),
-        WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h), ADD=add, BASE=BASE,
+        WIDTHS=tuple(widths), BLOCKS=blocks, MEMBERS=work.num_members, SIDE=side, SPLITS=len(h),
         DOT_M=max(16, work.block_m), **options, **_overlap(y.device),
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ class CpuGrafts:
         self.head_sites = {s.index for s in sites if head in s.members}
         self.train = TrainContext(sites)
         self.active = False
-        self.apart = False
+        self.few = False
         self._site_adapters = [
             SiteAdapters(
                 bank.arena,
@@ -81,13 +81,13 @@ class CpuGrafts:
         if rows.tiles is not None:
             self._site_adapters[site].add(y, x, rows.tiles)
 
-    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
         y = self.train.linears[site].base(x)
         self.add(site, y, x)
-        return y, None
+        return y
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        return swiglu(self.linear(site, x)[0])
+        return swiglu(self.linear(site, x))
 
     def _add_wide(self, site: int, y: torch.Tensor, x: torch.Tensor, run: list[tuple[int, int, int]]) -> None:
         """Adjacent segments of equal length: together where their adapters have equal ranks and scales."""

@@ -34,18 +34,16 @@ class Grafts(Protocol):
 
     active: bool
     """Whether any row of this step that is served is adapted."""
-    apart: bool
-    """Whether the adapters' outputs of this step come apart, for what follows the linears to add."""
+    few: bool
+    """Whether this step has so few rows that `linear` is one kernel, in which `gated` would find nothing to spare."""
     train: TrainContext
 
-    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y and delta (rows, sum(out)) for x (rows, in): the base model's output, and the adapters' in float32. Or base
-        and adapters' outputs, and None: in steps that do not have them apart, and outside of the decoder layers."""
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        """(rows, sum(out)): base and adapters' outputs for x (rows, in)."""
         ...
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        """(rows, width): swiglu of gate and up with the adapters' outputs for x (rows, in). Not in steps that have them
-        apart."""
+        """(rows, width): swiglu of gate and up with the adapters' outputs for x (rows, in). Not in steps of few rows."""
         ...
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -58,11 +56,6 @@ class Grafts(Protocol):
 
 @torch.library.custom_op("multigraft::graft_linear", mutates_args=())
 def _linear_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> torch.Tensor:
-    return handles.lookup(handle).linear(int(site), x)[0]
-
-
-@torch.library.custom_op("multigraft::graft_linear_apart", mutates_args=())
-def _apart_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return handles.lookup(handle).linear(int(site), x)
 
 
@@ -75,11 +68,6 @@ def _gated_op(x: torch.Tensor, width: int, handle: int, site: torch.Tensor) -> t
 @_gated_op.register_fake
 def _(x, width, handle, site):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], width)
-
-
-@_apart_op.register_fake
-def _(x, width, handle, site):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], width, dtype=torch.float32)
 
 
 @torch.library.custom_op("multigraft::graft_", mutates_args={"y"})
@@ -104,21 +92,17 @@ class GraftPoint:
             return trained_linear(x.flatten(0, -2), width, self.handle, self.site_tensor).view(*x.shape[:-1], width)
         if not self.grafts.active:
             return siblings.base(x)
-        rows, delta = x.flatten(0, -2), None
-        if not torch.compiler.is_compiling():
-            y, delta = self.grafts.linear(self.site, rows)
-        elif self.grafts.apart:
-            y, delta = _apart_op(rows, width, self.handle, self.site_tensor)
-        else:
+        rows = x.flatten(0, -2)
+        if torch.compiler.is_compiling():
             y = _linear_op(rows, width, self.handle, self.site_tensor)
-        if delta is not None:
-            y.add_(delta)  # in float32, then rounded; compiled, it is part of what follows
+        else:
+            y = self.grafts.linear(self.site, rows)
         return y.view(*x.shape[:-1], width)
 
     def gated(self, siblings: SiblingLinears, x: torch.Tensor) -> torch.Tensor:
         """SwiGLU (..., width) of the gate and up projections of x (..., in) with the adapters' outputs."""
         grafts = self.grafts
-        if not grafts.active or grafts.train.active or grafts.apart:
+        if not grafts.active or grafts.train.active or grafts.few:
             return swiglu(self.linear(siblings, x))
         rows, width = x.flatten(0, -2), sum(siblings.out_features) // 2
         if torch.compiler.is_compiling():

@@ -54,14 +54,14 @@ class SLoraCudaGrafts(CudaGrafts):
 
     def begin_fixed(self, *args: Any) -> None:
         super().begin_fixed(*args)
-        self.apart = False  # ranks exchange between the kernels
+        self.few = False  # ranks exchange between the kernels
 
-    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
         if not exchanges(self.sites[site]):
             return super().linear(site, x)
         y = self.train.linears[site].base(x)
         self.add(site, y, x)
-        return y, None
+        return y
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        return swiglu(self.linear(site, x)[0]) if exchanges(self.sites[site]) else super().gated(site, x)
+        return swiglu(self.linear(site, x)) if exchanges(self.sites[site]) else super().gated(site, x)

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     from multigraft.kernels.lora_triton import Work
 
 
-APART_ROWS = 32
-"""Captured decode steps of so many rows at most compute the adapters' outputs beside the base model's products, and add
-them in what follows. With more rows that writes and reads more than it hides: what 4 adapters of rank 16 add to a layer
-of Llama-3.1-8B on an H100 is 24 us for 16 rows in place of 40, and 56 for 64 in place of 46."""
-
-
 class StepKind(NamedTuple):
     """What the kernels of a step are chosen by, of the adapters in it."""
 
@@ -50,7 +44,7 @@ class CudaGrafts:
 
     def __init__(self, sites: Sequence[Site], bank: Bank, head: str | None, max_rank: int):
         """head: module path of the output head, which sees the sampled rows only. max_rank: of any adapter."""
-        from multigraft.kernels import lora_triton  # here, as machines without a GPU may have no Triton
+        from multigraft.kernels import linear_triton, lora_triton  # here: machines without a GPU may have no Triton
 
         self.sites = list(sites)
         self.bank = bank
@@ -58,12 +52,13 @@ class CudaGrafts:
         self.rank_bounds = (LOW_RANK, max_rank) if max_rank > LOW_RANK else (max_rank,)
         self.train = TrainContext(sites)
         self.active = False
-        self.apart = False
+        self.few = False
         self._body: _Tiles | None = None
         self._head: _Tiles | None = None
         self._fixed: frozenset[SiteKind] | None = None
         self._sites: dict[int, tuple[int, frozenset[SiteKind] | None]] = {}
-        self._kernels = lora_triton
+        self._kernels, self._linear = lora_triton, linear_triton
+        self._counters = linear_triton.new_counters(max(sum(s.out_features) for s in sites), bank.device)
         self._beside = torch.cuda.Stream(bank.device) if bank.device.type == "cuda" else None
 
     def kind(self, slots: Collection[int]) -> StepKind | None:
@@ -120,31 +115,29 @@ class CudaGrafts:
         The tiles are to be those of all rows (kernels.tiles.BASE).
         """
         self.active = bool(kind.sites)
-        self.apart = SiteKind.LINEAR in kind.sites and block_m != PREFILL_ROWS and num_rows <= APART_ROWS
+        self.few = SiteKind.LINEAR in kind.sites and block_m != PREFILL_ROWS and num_rows <= self._linear.MAX_ROWS
         self._body, self._head = _Tiles(tiles, block_m, kind.max_rank, [], len(tiles)), None
         self._fixed = kind.sites
 
     def begin(self, row_slot: np.ndarray, head_rows: np.ndarray) -> None:
         """row_slot: (T,) device slot of each row, NO_SLOT for none; head_rows: rows that reach the output head."""
         self.active = bool((row_slot != NO_SLOT).any())
-        self.apart = False
+        self.few = False
         self._fixed = None
         if self.active:
             self._body = _Tiles.of(row_slot, self._bound, self.bank.device)
             self._head = _Tiles.of(row_slot[head_rows], self._bound, self.bank.device)
 
-    def linear(self, site: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tiles, where = self._tiles(site), self.sites[site]
+    def linear(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        tiles, outs, base = self._tiles(site), self.sites[site].out_features, self.train.linears[site]
         if tiles is None:
-            return self.train.linears[site].base(x), None
-        work = self._work(where, tiles)
-        if self.apart:
-            return side_by_side(
-                partial(self.train.linears[site].base, x), partial(self._delta, where, work, x), self._beside
-            )
+            return base.base(x)
+        work = self._work(self.sites[site], tiles)
+        if self.few:
+            return self._linear.linear(x, base.weight, base.bias, self.bank.arena, work, outs, self._counters)
         y, h = self._base_and_shrink(site, work, x)
-        self._kernels.expand(y, h, self.bank.arena, work, "b", where.out_features)
-        return y, None
+        self._kernels.expand(y, h, self.bank.arena, work, "b", outs)
+        return y
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
         assert self._body is not None
@@ -162,11 +155,6 @@ class CudaGrafts:
 
     def _shrink(self, work: Work, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.shrink(x, self.bank.arena, work, "a", [x.shape[1]])
-
-    def _delta(self, site: Site, work: Work, x: torch.Tensor) -> torch.Tensor:
-        delta = x.new_empty(len(x), sum(site.out_features), dtype=torch.float32)
-        self._kernels.expand(delta, self._shrink(work, x), self.bank.arena, work, "b", site.out_features, add=False)
-        return delta
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
         tiles, where = self._tiles(site), self.sites[site]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from multigraft.kernels.lora import ALIGN, NO_OFFSET
-from multigraft.kernels.tiles import build_tiles
+from multigraft.kernels.tiles import BASE, UNUSED, build_tiles, cut_tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -132,6 +132,15 @@ def make_case(
         setattr(case, name, getattr(case, name).to(device))
     case.table, case.scales = case.table[:, :-1], case.scales[:, :-1]
     return case
+
+
+def tiles_of_all_rows(case: LoraCase, block_m: int, spare: int = 0) -> torch.Tensor:
+    """Those of the segments, and of the slot BASE for the other rows; then unused ones."""
+    row_slot = torch.full((len(case.x),), BASE)
+    for first, stop, slot in case.segments:
+        row_slot[first:stop] = slot
+    cut = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m))
+    return torch.cat([cut, torch.tensor([[0, 0, UNUSED]] * spare, dtype=cut.dtype).view(-1, 3)]).to(case.x.device)
 
 
 @pytest.fixture

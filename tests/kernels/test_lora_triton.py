@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multigraft.kernels import lora_reference, lora_triton, lora_triton_grad
-from multigraft.kernels.tiles import BASE, UNUSED, cut_tiles
+from tests.kernels.conftest import tiles_of_all_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 WIDTH = {4: 600, 16: 600, 64: 2100}
@@ -14,15 +14,6 @@ WIDTH = {4: 600, 16: 600, 64: 2100}
 GATED = [(torch.float32, 4), (torch.bfloat16, 16), (torch.bfloat16, 64)]
 ALL_TILES_SEGMENTS = [(1, 2, 0), (4, 13, 2), (13, 14, 3), (15, 19, 1), (19, 21, 3), (21, 28, 0)]
 """Of five slots, among 34 rows."""
-
-
-def tiles_of_all_rows(case, block_m, spare=0):
-    """Those of the segments, and of the slot BASE for the other rows; then unused ones."""
-    row_slot = torch.full((len(case.x),), BASE)
-    for first, stop, slot in case.segments:
-        row_slot[first:stop] = slot
-    cut = torch.from_numpy(cut_tiles(row_slot.numpy(), block_m))
-    return torch.cat([cut, torch.tensor([[0, 0, UNUSED]] * spare, dtype=cut.dtype).view(-1, 3)]).to(case.x.device)
 
 
 def forward(case, y, block_m):
@@ -133,24 +124,6 @@ def test_arena_in_float32_under_bf16_activations(lora_case, device):
     case.check_rows(forward(case, torch.zeros_like(case.y), 4), case.delta(), 1e-2)
     work = lora_triton.Work(case.table, case.scales, case.tiles(64), 64, case.max_rank)
     assert lora_triton_grad.backward(case.y, case.x, case.arena, work, case.out_features)[1].dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype, block_m", GATED, ids=str)
-def test_outputs_apart(lora_case, dtype, block_m, device):
-    """Not added to anything: float32, of all rows, zero where nothing acts."""
-    ranks = [[3, 33, 2], [0, 0, 0], [100, 1, 0], [8, 0, 16], [5, 5, 5]]
-    case = lora_case(ranks, ALL_TILES_SEGMENTS, 320, [530, 40, 17], dtype, num_rows=34, device=device)
-    work = lora_triton.Work(case.table, case.scales, tiles_of_all_rows(case, block_m, spare=2), block_m, case.max_rank)
-    h = lora_triton.shrink(case.x, case.arena, work, "a", [320])
-    delta = torch.full_like(case.y, torch.nan, dtype=torch.float32)
-    lora_triton.expand(delta, h, case.arena, work, "b", case.out_features, add=False)
-    expected = case.delta()
-    case.check_rows(delta, expected, TOLERANCE[dtype])
-    assert torch.equal(delta.cpu() == 0, expected == 0)
-    added = case.y.clone()
-    lora_triton.expand(added, h, case.arena, work, "b", case.out_features)
-    apart = (case.y + delta).to(dtype)
-    assert (added.double() - apart.double()).norm() <= TOLERANCE[dtype] * apart.double().norm()
 
 
 @pytest.mark.parametrize("dtype, block_m", GATED, ids=str)

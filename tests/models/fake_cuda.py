@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from multigraft.kernels import decode_attention_triton, lora_triton
+from multigraft.kernels import decode_attention_triton, linear_triton, lora_triton
 from multigraft.kernels import lora_reference as reference
 from multigraft.kernels.tiles import UNUSED
 from multigraft.models import flashinfer
@@ -193,24 +193,35 @@ def _attend(
 
 
 def _expand(
-    y: torch.Tensor,
-    h: torch.Tensor,
-    arena: torch.Tensor,
-    work: lora_triton.Work,
-    side: str,
-    widths: Sequence[int],
-    *,
-    add: bool = True,
+    y: torch.Tensor, h: torch.Tensor, arena: torch.Tensor, work: lora_triton.Work, side: str, widths: Sequence[int]
 ) -> None:
     """With x for h: all is computed here."""
 
     def kernel() -> None:
-        rows = _check(work, work.tiles, len(y))
-        if not add:
-            y[rows] = 0
+        _check(work, work.tiles, len(y))
         reference.forward(y, h, arena, work.table, work.scales, work.tiles, widths)
 
     launch(kernel)
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arena: torch.Tensor,
+    work: lora_triton.Work,
+    widths: Sequence[int],
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    y = x.new_empty(len(x), sum(widths))
+
+    def kernel() -> None:
+        _check(work, work.tiles, len(y))
+        y.copy_(F.linear(x, weight, bias))
+        reference.forward(y, x, arena, work.table, work.scales, work.tiles, widths)
+
+    launch(kernel)
+    return y
 
 
 def _gated(
@@ -257,3 +268,4 @@ def install(patch: pytest.MonkeyPatch) -> None:
     kernels = {"shrink": lambda x, *rest: x, "unwritten": lambda x, work: x, "expand": _expand, "gated": _gated}
     for name, kernel in kernels.items():
         patch.setattr(lora_triton, name, kernel)
+    patch.setattr(linear_triton, "linear", _linear)

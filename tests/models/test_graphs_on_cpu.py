@@ -23,7 +23,7 @@ from multigraft.core.region import Ranges
 from multigraft.core.request import PENDING, Request, SamplingParams
 from multigraft.kernels.tiles import BASE, LOW_RANK, cut_tiles, decode_rows
 from multigraft.kvcache.tensors import PagedKV
-from multigraft.models import attention, segments
+from multigraft.models import attention
 from multigraft.models.cuda_graphs import DecodeGraphs, padded_sizes
 from multigraft.models.flashinfer import FlashInferBackend
 from multigraft.models.graft import find_sites, graft
@@ -35,6 +35,7 @@ from tests.tiny import VOCAB, tiny_model
 
 pytest.importorskip("triton")  # which does not run, but CudaGrafts imports it
 
+from multigraft.kernels import linear_triton
 from tests.models import fake_cuda
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 2, 1, 16
@@ -191,7 +192,7 @@ def _written(kv: PagedKV) -> torch.Tensor:
 def captured(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         fake_cuda.install(patch)
-        patch.setattr(segments, "APART_ROWS", 4)  # of 2, 4 and 8
+        patch.setattr(linear_triton, "MAX_ROWS", 4)  # of 2, 4 and 8
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             yield Engine(request.param)
@@ -310,7 +311,7 @@ def _double(module: torch.nn.Module, args: object, y: torch.Tensor) -> None:
     y.mul_(2)
 
 
-def test_compiled_modules_add_what_comes_apart(engine: Engine) -> None:
+def test_compiled_modules_of_few_rows_and_many(engine: Engine) -> None:
     """And a sum over the ranks, which changes a linear's output in place, gets it."""
     engine.load(0, LINEARS)
     grafts, mlp = engine.plain.grafts, engine.plain.model.get_decoder().layers[1].mlp
@@ -320,15 +321,15 @@ def test_compiled_modules_add_what_comes_apart(engine: Engine) -> None:
     compiled = torch.compile(mlp, backend="aot_eager", dynamic=True, fullgraph=True)
     hook = mlp.down_proj.register_forward_hook(_double)
     with torch.inference_mode():
-        found, apart = [], []
-        for num_rows in (segments.APART_ROWS, segments.APART_ROWS + 1):
+        found, few = [], []
+        for num_rows in (linear_triton.MAX_ROWS, linear_triton.MAX_ROWS + 1):
             grafts.begin_fixed(tiles, num_rows, decode_rows(LOW_RANK), kind)
-            apart.append(grafts.apart)
+            few.append(grafts.few)
             found += [mlp(x), compiled(x)]
         grafts.active = False
         base = mlp(x)
     hook.remove()
-    assert apart == [True, False]
+    assert few == [True, False]
     for other in found[:-1]:
         torch.testing.assert_close(other, found[-1])
     changed = (found[-1] - base).abs().amax(dim=-1)[0]

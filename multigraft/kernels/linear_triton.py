@@ -1,0 +1,331 @@
+"""A linear of the base model and what adapters add to it, for few rows, in one Triton kernel.
+
+With a row or two a step waits for the weights to be read, and for kernels to be launched one after another. Here the
+programs that read the weights are joined by some that compute h = x Aᵀ (+ c), of every tile, and some that compute h B,
+each row with its own adapter's B. So adapters cost their own bytes, and no launch.
+
+    y = sum of parts    parts 0 … PARTS - 1: x Wᵀ over some columns of x; part PARTS: what the adapters add
+
+Whichever program ends last of those of a block of y's columns adds the parts up. Who waits for whom: only the programs
+of h B wait, for those of h, which come before them in the launch and wait for nobody. Sums have a fixed order, so equal
+inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from multigraft.kernels.lora_triton import (
+    ALIGN,
+    Work,
+    _blocks,
+    _c_offset,
+    _factor,
+    _locate,
+    _overlap,
+    _sum_splits,
+    _workspace,
+)
+
+MAX_ROWS = 32
+"""Of x. With more, rows read the same B again and again."""
+PROGRAMS = 180
+"""So many keep an H100's memory busy; with fewer blocks of y's columns, those of x and W are cut into parts."""
+MAX_PARTS = 4
+PART_COLUMNS = 512
+"""Of x, in a part at least."""
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""There programs run one after another, and have no threads that could be waited for."""
+
+
+@triton.jit
+def _publish(counter):
+    """Count one more program whose stores are done; returns how many there were before."""
+    if not INTERPRETED:
+        tl.debug_barrier()  # all threads' stores come before the one thread that counts
+    return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def _shrink(
+    h, x, arena, table, scales, tile, table_stride, scales_stride, split_stride, h_stride, x_stride, split,
+    WIDTH: tl.constexpr, MEMBERS: tl.constexpr, CHUNK: tl.constexpr, TILE_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """h[split, the tile's rows] = x[rows, columns of the split] Aᵀ, of all members; split 0 adds c."""
+    slot = tl.load(tile + 2)
+    if slot >= 0:
+        first_row, rows = tl.load(tile), tl.load(tile + 1)
+        w, rank, _, _ = _factor(arena, table, scales, table_stride, scales_stride, slot, 0, MEMBERS, "a")
+        c = _c_offset(table, table_stride, slot)
+        x += first_row * x_stride
+        h += split * split_stride + first_row * h_stride
+        stop = tl.minimum((split + 1) * CHUNK, WIDTH)
+        offs_m = tl.arange(0, TILE_M)
+        in_m = (offs_m < rows)[:, None]
+        for r_start in range(0, rank, BLOCK_R):
+            offs_r = r_start + tl.arange(0, BLOCK_R)
+            in_r = offs_r < rank
+            acc = tl.zeros((TILE_M, BLOCK_R), tl.float32)
+            for k in tl.range(split * CHUNK, stop, BLOCK_K, num_stages=STAGES):
+                offs_k = k + tl.arange(0, BLOCK_K)
+                in_k = offs_k < stop
+                x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=in_m & in_k[None, :], other=0.0)
+                mask = in_k[:, None] & in_r[None, :]
+                w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * WIDTH, mask=mask, other=0.0)
+                acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+            if (c >= 0) & (split == 0):
+                acc += tl.load(arena + c + offs_r, mask=in_r, other=0.0).to(tl.float32)[None, :]
+            tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], acc, mask=in_m & in_r[None, :])
+
+
+@triton.jit
+def _product(
+    x, w, num_rows, x_stride, k_start, k_stop, offs_m, offs_n, in_n,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x[:, k_start : k_stop] W[offs_n, k_start : k_stop]ᵀ, float32 (BLOCK_M, BLOCK_N). EVEN: nothing of W is beyond."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    in_m = (offs_m < num_rows)[:, None]
+    for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x_ptr = x + offs_m[:, None] * x_stride + offs_k[None, :]
+        w_ptr = w + offs_n[:, None] * WIDTH + offs_k[None, :]
+        if EVEN:
+            x_mk = tl.load(x_ptr, mask=in_m, other=0.0)
+            w_nk = tl.load(w_ptr)
+        else:
+            in_k = (offs_k < k_stop)[None, :]
+            x_mk = tl.load(x_ptr, mask=in_m & in_k, other=0.0)
+            w_nk = tl.load(w_ptr, mask=in_n[:, None] & in_k, other=0.0)
+        acc = tl.dot(x_mk, w_nk.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _finish(
+    y, bias, partial, counter, block, num_rows, y_stride, left, offs_n, in_n,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add up a block's parts, into columns left + offs_n of y."""
+    offs_m = tl.arange(0, BLOCK_M)
+    in_m = (offs_m < num_rows)[:, None]
+    part = partial + block * ((PARTS + 1) * BLOCK_M * BLOCK_N)
+    part += offs_m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.load(part, mask=in_m, other=0.0, cache_modifier=".cg")
+    for i in tl.static_range(1, PARTS + 1):
+        total += tl.load(part + i * (BLOCK_M * BLOCK_N), mask=in_m, other=0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        total += tl.load(bias + left + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    y_mn = y + offs_m[:, None] * y_stride + (left + offs_n)[None, :]
+    tl.store(y_mn, total.to(y.dtype.element_ty), mask=in_m & in_n[None, :])
+    tl.store(counter, 0)
+
+
+@triton.jit
+def _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R: tl.constexpr):
+    """(rows, BLOCK_R, columns), each row's of its own adapter."""
+    offs_r = r_start + tl.arange(0, BLOCK_R)
+    mask = (offs_r[None, :] < rank[:, None])[:, :, None] & in_n[None, None, :]
+    return tl.load(b[:, None, None] + (offs_r[None, :, None] * width + offs_n[None, None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _times_b(h_m, b_mrn, r_start, rank, split_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """h B, float32 (rows, columns). h_m: of each row, the column of its rank 0."""
+    offs_r = r_start + tl.arange(0, BLOCK_R)
+    in_r = offs_r[None, :] < rank[:, None]
+    h_mr = _sum_splits(h_m[:, None] + offs_r[None, :], in_r, split_stride, SPLITS)
+    return tl.sum(h_mr[:, :, None] * b_mrn.to(tl.float32), axis=1)
+
+
+@triton.jit
+def _expand(
+    y, bias, partial, counters, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride,
+    y_stride, num_rows, num_tiles, shrinks, rows_start, wide_block, num_parts,
+    WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, WIDE_BLOCKS: tl.constexpr, MEMBERS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What adapters add to ROWS rows in WIDE blocks of y's columns, all of one member."""
+    member, left, width, wide = _locate(wide_block, WIDTHS, WIDE_BLOCKS)
+    first_block, num_blocks = wide * WIDE, tl.cdiv(width, BLOCK_N)
+    before = 0
+    for m in tl.static_range(MEMBERS):
+        before += tl.where(m < member, BLOCKS[m], 0)
+    offs_m = rows_start + tl.arange(0, ROWS)
+    offs_w = tl.arange(0, WIDE * BLOCK_N)
+    offs_n = first_block * BLOCK_N + offs_w
+    in_n = offs_n < width
+
+    offs_t = tl.arange(0, TILES)
+    in_t = offs_t < num_tiles
+    t_first, t_rows = tl.load(tiles + 3 * offs_t, in_t, other=0), tl.load(tiles + 3 * offs_t + 1, in_t, other=0)
+    t_slot = tl.load(tiles + 3 * offs_t + 2, mask=in_t, other=-1)
+    mine = (offs_m[:, None] >= t_first[None, :]) & (offs_m[:, None] < (t_first + t_rows)[None, :])
+    slot = tl.max(tl.where(mine, t_slot[None, :], -1), axis=1)
+    known = tl.maximum(slot, 0).to(tl.int64)
+    entry = table + known * table_stride
+    first, rank = tl.zeros_like(slot), tl.zeros_like(slot)
+    for m in tl.static_range(MEMBERS):
+        r = tl.load(entry + 4 * m + 2).to(tl.int32)
+        first += tl.where(m < member, r, 0)
+        rank += tl.where(m == member, r, 0)
+    rank = tl.where(slot < 0, 0, rank)
+    b = arena + tl.multiple_of(tl.where(rank > 0, tl.load(entry + 4 * member + 1), 0), ALIGN)
+    scale = tl.where(rank > 0, tl.load(scales + known * scales_stride + member), 0.0)
+    b_mrn = _rows_of_b(b, 0, rank, offs_n, in_n, width, BLOCK_R)  # under way while h is waited for
+
+    arrived = tl.atomic_add(counters, 0, sem="acquire")
+    while arrived < shrinks:
+        arrived = tl.atomic_add(counters, 0, sem="acquire")
+    h_m = h + offs_m * h_stride + first
+    delta = _times_b(h_m, b_mrn, 0, rank, split_stride, SPLITS, BLOCK_R)
+    for r_start in range(BLOCK_R, tl.max(rank, axis=0), BLOCK_R):
+        b_mrn = _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R)
+        delta += _times_b(h_m, b_mrn, r_start, rank, split_stride, SPLITS, BLOCK_R)
+    own = partial + ((before + first_block + offs_w // BLOCK_N) * (PARTS + 1) + PARTS) * (BLOCK_M * BLOCK_N)
+    own += offs_w % BLOCK_N
+    mask = (offs_m < num_rows)[:, None] & (first_block + offs_w // BLOCK_N < num_blocks)[None, :]
+    tl.store(own[None, :] + offs_m[:, None] * BLOCK_N, scale[:, None] * delta, mask=mask)
+    if not INTERPRETED:
+        tl.debug_barrier()
+    offs_b = tl.arange(0, WIDE)
+    counter = counters + 2 + before + first_block
+    ended = tl.atomic_add(counter + offs_b, 1, mask=first_block + offs_b < num_blocks, sem="acq_rel")
+    for i in range(WIDE):
+        if (first_block + i < num_blocks) & (tl.sum(tl.where(offs_b == i, ended, 0)) == num_parts - 1):
+            offs_i = (first_block + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+            _finish(
+                y, bias, partial, counter + i, before + first_block + i, num_rows, y_stride, left, offs_i,
+                offs_i < width, PARTS, HAS_BIAS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+def _linear_kernel(
+    y, x, weight, bias, partial, h, counters, arena, table, scales, tiles, table_stride, scales_stride, split_stride,
+    h_stride, x_stride, y_stride, num_rows, num_tiles,
+    WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, WIDE_BLOCKS: tl.constexpr,
+    NUM_WIDE: tl.constexpr, MEMBERS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_R: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = x Wᵀ (+ bias) + the adapters' outputs. WIDTH: columns of x; WIDTHS: of y, by member."""
+    program, shrinks = tl.program_id(0), num_tiles * SPLITS
+    row_blocks = tl.cdiv(num_rows, ROWS)
+    if LAST:
+        products = tl.num_programs(0) - shrinks - NUM_WIDE * row_blocks
+        if program >= shrinks + products:
+            program -= products
+        elif program >= shrinks:
+            program += NUM_WIDE * row_blocks
+    expands, num_parts = NUM_WIDE * row_blocks, PARTS + row_blocks
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if program < shrinks:
+        _shrink(
+            h, x, arena, table, scales, tiles + program // SPLITS * 3, table_stride, scales_stride, split_stride,
+            h_stride, x_stride, program % SPLITS, WIDTH, MEMBERS, CHUNK, SHRINK_M, SHRINK_R, SHRINK_K, SHRINK_STAGES,
+        )  # fmt: skip
+        _publish(counters)
+    elif program < shrinks + expands:
+        program -= shrinks
+        _expand(
+            y, bias, partial, counters, h, arena, table, scales, tiles, table_stride, scales_stride, split_stride,
+            h_stride, y_stride, num_rows, num_tiles, shrinks, program % row_blocks * ROWS, program // row_blocks,
+            num_parts, WIDTHS, BLOCKS, WIDE_BLOCKS, MEMBERS, HAS_BIAS, SPLITS, TILES, PARTS, BLOCK_M, BLOCK_N, WIDE,
+            ROWS, BLOCK_R,
+        )  # fmt: skip
+        if tl.atomic_add(counters + 1, 1, sem="acq_rel") == expands - 1:  # nobody waits for h any more
+            tl.store(counters, 0)
+            tl.store(counters + 1, 0)
+    else:
+        part, column_block = (program - shrinks - expands) % PARTS, (program - shrinks - expands) // PARTS
+        member, left, width, block = _locate(column_block, WIDTHS, BLOCKS)
+        offs_m = tl.arange(0, BLOCK_M)
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = offs_n < width
+        acc = _product(
+            x, weight + left * WIDTH, num_rows, x_stride, part * PART, tl.minimum((part + 1) * PART, WIDTH),
+            offs_m, offs_n, in_n, WIDTH, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+        own = partial + (column_block * (PARTS + 1) + part) * (BLOCK_M * BLOCK_N)
+        own += offs_m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(own, acc, mask=(offs_m < num_rows)[:, None])
+        counter = counters + 2 + column_block
+        if _publish(counter) == num_parts - 1:
+            _finish(
+                y, bias, partial, counter, column_block, num_rows, y_stride, left, offs_n, in_n, PARTS, HAS_BIAS,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+def new_counters(most_columns: int, device: torch.device) -> torch.Tensor:
+    """What `linear` counts its programs in, for outputs of so many columns at most; zero between calls. Calls that run
+    at the same time need counters of their own."""
+    return torch.zeros(2 + most_columns, dtype=torch.int32, device=device)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arena: torch.Tensor,
+    work: Work,
+    out_features: Sequence[int],
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """y (T, sum(out)) = x Wᵀ + bias + the adapters' outputs, for x (T, in) of MAX_ROWS rows at most.
+
+    weight: (sum(out), in), row-major, of x's dtype. bias: (sum(out),). The rest as in lora.py.
+    """
+    num_rows, width = x.shape
+    assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous() and weight.dtype == x.dtype
+    assert weight.numel() < 2**31, "offsets have 32 bits"
+    h, chunk, shrink = _workspace(x, work, [width])
+    sizes = _sizes(num_rows, width, out_features, x.element_size())
+    blocks = _blocks(out_features, sizes["BLOCK_N"])
+    parts, num_blocks, num_tiles = sizes["PARTS"], sum(blocks), len(work.tiles)
+    assert num_tiles <= MAX_ROWS and 2 + num_blocks <= len(counters)
+    y = x.new_empty(num_rows, sum(out_features))
+    room = num_blocks * (parts + 1) * sizes["BLOCK_M"] * sizes["BLOCK_N"]
+    partial = torch.empty(room, dtype=torch.float32, device=x.device)
+    wide_blocks = _blocks(out_features, sizes["WIDE"] * sizes["BLOCK_N"])
+    expands = sum(wide_blocks) * triton.cdiv(num_rows, sizes["ROWS"])
+    _linear_kernel[(num_tiles * len(h) + expands + num_blocks * parts,)](
+        y, x, weight, x if bias is None else bias, partial, h, counters, arena,
+        work.table, work.scales, work.tiles, *work.strides, h.stride(0), h.stride(1), x.stride(0), y.stride(0),
+        num_rows, num_tiles,
+        WIDTH=width, WIDTHS=tuple(out_features), BLOCKS=blocks, WIDE_BLOCKS=wide_blocks, NUM_WIDE=sum(wide_blocks),
+        MEMBERS=work.num_members,
+        HAS_BIAS=bias is not None, SPLITS=len(h), CHUNK=chunk, SHRINK_M=max(16, work.block_m),
+        SHRINK_R=min(64, triton.next_power_of_2(h.shape[2])), SHRINK_K=64, SHRINK_STAGES=4, TILES=MAX_ROWS,
+        EVEN=width % (parts * sizes["BLOCK_K"]) == 0 and all(n % sizes["BLOCK_N"] == 0 for n in out_features),
+        **sizes, **_overlap(x.device),
+    )  # fmt: skip
+    return y
+
+
+def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size: int) -> dict[str, int]:
+    """Block sizes, for not more than 80 KiB of shared memory."""
+    block_m, block_n = (16 if num_rows <= 16 else 32), 64
+    block_k = 256 // element_size
+    num_blocks = sum(_blocks(out_features, block_n))
+    parts = 1
+    while parts < MAX_PARTS and num_blocks * parts < PROGRAMS and width >= 2 * parts * PART_COLUMNS:
+        parts *= 2
+    part = triton.cdiv(triton.cdiv(width, parts), block_k) * block_k
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PARTS": parts, "PART": part}
+    expand = {"WIDE": 4, "ROWS": 2, "BLOCK_R": 8} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
+    return sizes | expand | {"STAGES": 3, "LAST": False, "num_warps": 4}
