@@ -14,6 +14,7 @@ adapters: what benchmarks.tp_model projects from.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import finish
-from multigraft.kernels import lora_reference, lora_triton
+from multigraft.kernels import linear_triton, lora_reference, lora_triton
 from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, segmented_lora_backward
 from multigraft.kernels.tiles import DECODE_ROWS as LOW_RANK_ROWS
 from multigraft.kernels.tiles import HIGH_RANK_ROWS, build_tiles, choose_block_m, decode_rows, max_tiles
 from multigraft.kernels.tiles import PREFILL_ROWS as PROMPT_ROWS
 from multigraft.models.segments import side_by_side
-
-APART_ROWS = 32
 
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -144,6 +143,11 @@ class Inputs:
             ),
         )
 
+    @property
+    def work(self) -> lora_triton.Work:
+        table, scales, tiles, _, block_m, max_rank = self.tables
+        return lora_triton.Work(table, scales, tiles, block_m, max_rank)
+
     def check(self) -> float:
         """Relative error of y += ... against float32."""
         table, scales, tiles, outs = self.tables[:4]
@@ -175,10 +179,8 @@ def gated_row(kind: str, shape: Shape) -> dict[str, Any]:
     inputs = [Inputs.random(shape) for _ in range(shape.copies)]
 
     def gated(i: Inputs) -> torch.Tensor:
-        table, scales, tiles, _, block_m, max_rank = i.tables
-        work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
-        h = lora_triton.shrink(i.x, i.arena, work, "a", [n_in])
-        return lora_triton.gated(i.y, h, i.arena, work, tiles)
+        h = lora_triton.shrink(i.x, i.arena, i.work, "a", [n_in])
+        return lora_triton.gated(i.y, h, i.arena, i.work, i.work.tiles)
 
     i = inputs[0]
     ref = i.y.float()
@@ -204,23 +206,30 @@ def gated_rows() -> Iterator[dict[str, Any]]:
 
 
 def layer_rows() -> Iterator[dict[str, Any]]:
-    """What adapters add to a decoder layer's products and SwiGLU (floor: as if these were not there): one after the
-    other, and in the ways of captured steps, of which `us` is the one that they take. There, what comes apart is added
-    inside of what follows any of the products; here, but for SwiGLU, in one more kernel."""
-    swiglu, beside = torch.compile(swiglu_of_sum), torch.cuda.Stream()
-    ways = {"base": None, "serial": (False, None), "shrink_beside": (False, beside), "delta_beside": (True, beside)}
-    for rows, ranks in LAYERS:
-        shapes = [Shape(site, rows, ranks, decode_rows(max(ranks))) for site in SITES]
+    """What adapters add to a decoder layer's products and SwiGLU (floor: as if these were not there), in the ways of
+    captured steps, of which `us` is the one that they take: shrink one after the other with the base product, or beside
+    it, or, for few rows, one kernel for both, whose products are not cuBLAS's (so it may add less than nothing)."""
+    swiglu, beside = torch.compile(lora_reference.swiglu), torch.cuda.Stream()
+    counters = linear_triton.new_counters(max(sum(outs) for _, outs in SITES.values()), torch.device("cuda"))
+    ways: dict[str, Way] = {
+        "base": plain,
+        "serial": partial(after_product, None),
+        "beside": partial(after_product, beside),
+    }
+    for num_ranks, (rows, ranks) in itertools.product((1, 2), LAYERS):
+        shapes = [Part(site, rows, ranks, decode_rows(max(ranks)), num_ranks) for site in SITES]
+        fits = linear_triton.fits(rows, max(ranks))
+        mine = ways | ({"one_kernel": partial(in_product, counters)} if fits else {})
         sites = [(s, Inputs.random(s), weight(s)) for _ in range(3) for s in shapes]
         graph_us([partial(swiglu, i.y) for s, i, _ in sites if s.site == "gate_up"])  # compiled before a capture
-        us = {f"{name}_us": graph_us([partial(run_layers, sites, swiglu, way)]) / 3 for name, way in ways.items()}
+        us = {f"{name}_us": graph_us([partial(run_layers, sites, swiglu, way)]) / 3 for name, way in mine.items()}
         us = {name: t if name == "base_us" else t - us["base_us"] for name, t in us.items()}
-        us["us"] = us["delta_beside_us" if rows <= APART_ROWS else "shrink_beside_us"]
-        serial, apart = (run_layers(sites[:4], swiglu, (apart, None)) for apart in (False, True))
-        error = max(relative_error(a, s.float()) for a, s in zip(apart, serial, strict=True))
+        us["us"] = us["one_kernel_us" if fits else "beside_us"]
+        serial, taken = (run_layers(sites[:4], swiglu, mine[way]) for way in ("serial", list(mine)[-1]))
+        error = max(relative_error(a, s.float()) for a, s in zip(taken, serial, strict=True))
         floor = sum(s.floor_us for s in shapes)
-        sizes = {"kind": "layer", "rows": rows, "adapters": len(ranks), "rank": max(ranks), "floor_us": floor}
-        yield {**sizes, **us, "ratio": us["us"] / floor, "error": error}
+        sizes = {"kind": "layer", "num_ranks": num_ranks, "rows": rows, "adapters": len(ranks), "rank": max(ranks)}
+        yield {**sizes, "floor_us": floor, **us, "ratio": us["us"] / floor, "error": error}
 
 
 LAYERS = (
@@ -241,47 +250,35 @@ def weight(shape: Shape) -> torch.Tensor:
     return torch.randn(sum(outs), n_in, device="cuda", dtype=torch.bfloat16) * 0.02
 
 
-def run_layers(
-    sites: Sequence[tuple[Shape, Inputs, torch.Tensor]],
-    swiglu: Callable[..., torch.Tensor],
-    way: tuple[bool, torch.cuda.Stream | None] | None,
-) -> list[torch.Tensor]:
-    """Outputs by site. way: whether all that adapters compute comes apart, and the second stream, if any; None: no
-    adapters."""
-    kept = []
-    for shape, i, w in sites:
-        product = partial(F.linear, i.x, w)
-        is_gate = shape.site == "gate_up"
-        if way is None:
-            y = product()
-            kept.append(swiglu(y) if is_gate else y)
-            continue
-        apart, beside = way
-        table, scales, tiles, outs, block_m, max_rank = i.tables
-        work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
-        y, h = side_by_side(product, partial(delta if apart else shrink, i, work), beside)
-        if apart:
-            kept.append(swiglu(y, h) if is_gate else y.add_(h))
-        elif is_gate:
-            kept.append(lora_triton.gated(y, h, i.arena, work, tiles))
-        else:
-            lora_triton.expand(y, h, i.arena, work, "b", outs)
-            kept.append(y)
-    return kept
+Swiglu = Callable[[torch.Tensor], torch.Tensor]
+Way = Callable[[Shape, Inputs, torch.Tensor, Swiglu], torch.Tensor]
+"""The output of a site with these weights: of the gate, after SwiGLU."""
 
 
-def swiglu_of_sum(y: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-    return lora_reference.swiglu(y if delta is None else (y + delta).to(y.dtype))
+def run_layers(sites: Sequence[tuple[Shape, Inputs, torch.Tensor]], swiglu: Swiglu, way: Way) -> list[torch.Tensor]:
+    """Outputs by site."""
+    return [way(shape, i, w, swiglu) for shape, i, w in sites]
 
 
-def shrink(i: Inputs, work: lora_triton.Work) -> torch.Tensor:
-    return lora_triton.shrink(i.x, i.arena, work, "a", [i.x.shape[1]])
+def plain(shape: Shape, i: Inputs, w: torch.Tensor, swiglu: Swiglu) -> torch.Tensor:
+    y = F.linear(i.x, w)
+    return swiglu(y) if shape.site == "gate_up" else y
 
 
-def delta(i: Inputs, work: lora_triton.Work) -> torch.Tensor:
-    out = torch.empty_like(i.y, dtype=torch.float32)
-    lora_triton.expand(out, shrink(i, work), i.arena, work, "b", i.tables[3], add=False)
-    return out
+def after_product(
+    beside: torch.cuda.Stream | None, shape: Shape, i: Inputs, w: torch.Tensor, swiglu: Swiglu
+) -> torch.Tensor:
+    shrink = partial(lora_triton.shrink, i.x, i.arena, i.work, "a", [i.x.shape[1]])
+    y, h = side_by_side(partial(F.linear, i.x, w), shrink, beside)
+    if shape.site == "gate_up":
+        return lora_triton.gated(y, h, i.arena, i.work, i.work.tiles)
+    lora_triton.expand(y, h, i.arena, i.work, "b", shape.widths[1])
+    return y
+
+
+def in_product(counters: torch.Tensor, shape: Shape, i: Inputs, w: torch.Tensor, swiglu: Swiglu) -> torch.Tensor:
+    y = linear_triton.linear(i.x, w, None, i.arena, i.work, shape.widths[1], counters)
+    return swiglu(y) if shape.site == "gate_up" else y
 
 
 def grouped_mm_us(shape: Shape) -> float:
@@ -468,8 +465,7 @@ def kernel_us(kernel: str, shape: Shape) -> float:
     calls: list[Callable[[], object]] = []
     for _ in range(shape.copies):
         i = Inputs.random(shape)
-        table, scales, tiles, _, block_m, max_rank = i.tables
-        work = lora_triton.Work(table, scales, tiles, block_m, max_rank)
+        work = i.work
         h = lora_triton.shrink(i.x, i.arena, work, "a", [n_in])
         if kernel == "GATED":
             calls.append(lambda i=i, h=h, work=work: lora_triton.gated(i.y, h, i.arena, work, work.tiles))

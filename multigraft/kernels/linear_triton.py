@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from multigraft.core.batch import LOW_RANK
 from multigraft.kernels.lora_triton import (
     ALIGN,
     Work,
@@ -34,7 +35,7 @@ from multigraft.kernels.lora_triton import (
 )
 
 MAX_ROWS = 32
-"""Of x. With more, rows read the same B again and again."""
+"""Of x, for ranks up to LOW_RANK; half as many for higher ones. Each row reads its adapter's B, whoever else has."""
 PROGRAMS = 180
 """So many keep an H100's memory busy; with fewer blocks of y's columns, those of x and W are cut into parts."""
 MAX_PARTS = 4
@@ -138,12 +139,10 @@ def _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _times_b(h_m, b_mrn, r_start, rank, split_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """h B, float32 (rows, columns). h_m: of each row, the column of its rank 0."""
+def _columns_of_h(h_m, r_start, rank, split_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(rows, BLOCK_R). h_m: of each row, where its rank 0 is."""
     offs_r = r_start + tl.arange(0, BLOCK_R)
-    in_r = offs_r[None, :] < rank[:, None]
-    h_mr = _sum_splits(h_m[:, None] + offs_r[None, :], in_r, split_stride, SPLITS)
-    return tl.sum(h_mr[:, :, None] * b_mrn.to(tl.float32), axis=1)
+    return _sum_splits(h_m[:, None] + offs_r[None, :], offs_r[None, :] < rank[:, None], split_stride, SPLITS)
 
 
 @triton.jit
@@ -187,10 +186,13 @@ def _expand(
     while arrived < shrinks:
         arrived = tl.atomic_add(counters, 0, sem="acquire")
     h_m = h + offs_m * h_stride + first
-    delta = _times_b(h_m, b_mrn, 0, rank, split_stride, SPLITS, BLOCK_R)
-    for r_start in range(BLOCK_R, tl.max(rank, axis=0), BLOCK_R):
-        b_mrn = _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R)
-        delta += _times_b(h_m, b_mrn, r_start, rank, split_stride, SPLITS, BLOCK_R)
+    h_mr = _columns_of_h(h_m, 0, rank, split_stride, SPLITS, BLOCK_R)
+    delta = tl.zeros((ROWS, WIDE * BLOCK_N), tl.float32)
+    for r_start in range(BLOCK_R, tl.max(rank, axis=0) + BLOCK_R, BLOCK_R):
+        next_b = _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R)  # under way during the products
+        next_h = _columns_of_h(h_m, r_start, rank, split_stride, SPLITS, BLOCK_R)
+        delta += tl.sum(h_mr[:, :, None] * b_mrn.to(tl.float32), axis=1)
+        b_mrn, h_mr = next_b, next_h
     own = partial + ((before + first_block + offs_w // BLOCK_N) * (PARTS + 1) + PARTS) * (BLOCK_M * BLOCK_N)
     own += offs_w % BLOCK_N
     mask = (offs_m < num_rows)[:, None] & (first_block + offs_w // BLOCK_N < num_blocks)[None, :]
@@ -252,7 +254,7 @@ def _linear_kernel(
             tl.store(counters + 1, 0)
     else:
         part, column_block = (program - shrinks - expands) % PARTS, (program - shrinks - expands) // PARTS
-        member, left, width, block = _locate(column_block, WIDTHS, BLOCKS)
+        _, left, width, block = _locate(column_block, WIDTHS, BLOCKS)
         offs_m = tl.arange(0, BLOCK_M)
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = offs_n < width
@@ -269,6 +271,11 @@ def _linear_kernel(
                 y, bias, partial, counter, column_block, num_rows, y_stride, left, offs_n, in_n, PARTS, HAS_BIAS,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
+
+
+def fits(num_rows: int, max_rank: int) -> bool:
+    """Whether `linear` is the faster way for so many rows, and adapters of ranks up to max_rank."""
+    return num_rows <= (MAX_ROWS if max_rank <= LOW_RANK else MAX_ROWS // 2)
 
 
 def new_counters(most_columns: int, device: torch.device) -> torch.Tensor:
@@ -293,7 +300,7 @@ def linear(
     num_rows, width = x.shape
     assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous() and weight.dtype == x.dtype
     assert weight.numel() < 2**31, "offsets have 32 bits"
-    h, chunk, shrink = _workspace(x, work, [width])
+    h, chunk, _ = _workspace(x, work, [width])
     sizes = _sizes(num_rows, width, out_features, x.element_size())
     blocks = _blocks(out_features, sizes["BLOCK_N"])
     parts, num_blocks, num_tiles = sizes["PARTS"], sum(blocks), len(work.tiles)
@@ -310,7 +317,7 @@ def linear(
         WIDTH=width, WIDTHS=tuple(out_features), BLOCKS=blocks, WIDE_BLOCKS=wide_blocks, NUM_WIDE=sum(wide_blocks),
         MEMBERS=work.num_members,
         HAS_BIAS=bias is not None, SPLITS=len(h), CHUNK=chunk, SHRINK_M=max(16, work.block_m),
-        SHRINK_R=min(64, triton.next_power_of_2(h.shape[2])), SHRINK_K=64, SHRINK_STAGES=4, TILES=MAX_ROWS,
+        SHRINK_R=64 if work.num_members > 1 else 32, SHRINK_K=64, SHRINK_STAGES=4, TILES=MAX_ROWS,
         EVEN=width % (parts * sizes["BLOCK_K"]) == 0 and all(n % sizes["BLOCK_N"] == 0 for n in out_features),
         **sizes, **_overlap(x.device),
     )  # fmt: skip
@@ -318,14 +325,13 @@ def linear(
 
 
 def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size: int) -> dict[str, int]:
-    """Block sizes, for not more than 80 KiB of shared memory."""
-    block_m, block_n = (16 if num_rows <= 16 else 32), 64
-    block_k = 256 // element_size
+    """Block sizes and options, with which a processor has room for four programs."""
+    block_m, block_n, block_k = 16 if num_rows <= 16 else 32, 64, 256 // element_size
     num_blocks = sum(_blocks(out_features, block_n))
     parts = 1
     while parts < MAX_PARTS and num_blocks * parts < PROGRAMS and width >= 2 * parts * PART_COLUMNS:
         parts *= 2
     part = triton.cdiv(triton.cdiv(width, parts), block_k) * block_k
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PARTS": parts, "PART": part}
-    expand = {"WIDE": 4, "ROWS": 2, "BLOCK_R": 8} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
-    return sizes | expand | {"STAGES": 3, "LAST": False, "num_warps": 4}
+    expand = {"WIDE": 2, "ROWS": 2, "BLOCK_R": 16} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
+    return sizes | expand | {"LAST": parts == 1, "STAGES": 3, "num_warps": 4, "maxnreg": 128}

@@ -43,7 +43,8 @@ class Grafts(Protocol):
         ...
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        """(rows, width): swiglu of gate and up with the adapters' outputs for x (rows, in). Not in steps of few rows."""
+        """(rows, width): swiglu of gate and up, with the adapters' outputs, for x (rows, in). Not in steps of few
+        rows."""
         ...
 
     def add(self, site: int, y: torch.Tensor, x: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +15,7 @@ import torch
 from multigraft.adapters.bank import Bank
 from multigraft.adapters.site import Site, SiteKind
 from multigraft.core.batch import LOW_RANK
-from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows
+from multigraft.kernels.tiles import BASE, PREFILL_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows, max_tiles
 from multigraft.kernels.train import embedding_forward
 from multigraft.kvcache.transfer import upload
 from multigraft.models.rows import NO_SLOT
@@ -85,28 +87,39 @@ class CudaGrafts:
 
     def warm_up(self) -> None:
         """Compile every kernel of the decoder layers, so that no request waits for it: steps that no graph covers take
-        other ones than the graphs of some sizes."""
-        bank, kernels = self.bank, self._kernels
-        unused = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
-        tilings = [
-            (max_rank, block_m, num_tiles)
-            for max_rank in self.rank_bounds
-            for block_m, num_tiles in (
-                (decode_rows(max_rank), 1),
-                (decode_rows(max_rank), kernels.MANY_TILES),
-                (PREFILL_ROWS, 1),
-            )
-        ]
+        other ones than the graphs of some sizes. Side by side, as each keeps a core busy for seconds."""
         body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
-        for site in {(s.in_features, s.out_features): s for s in body}.values():
-            x = bank.arena.new_zeros(2, site.in_features)
-            y = bank.arena.new_zeros(2, sum(site.out_features))
-            for max_rank, block_m, num_tiles in tilings:
-                tiles = unused.repeat(num_tiles, 1)
-                work = self._work(site, _Tiles(tiles, block_m, max_rank, [], num_tiles))
-                kernels.forward(y, x, bank.arena, work, site.out_features)
+        calls = [
+            call for site in {(s.in_features, s.out_features): s for s in body}.values() for call in self._calls(site)
+        ]
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self._on_device, calls))
+
+    def _on_device(self, call: Callable[[], object]) -> None:
+        with torch.cuda.device(self.bank.device) if self.bank.device.type == "cuda" else nullcontext():
+            call()
+
+    def _calls(self, site: Site) -> Iterator[Callable[[], object]]:
+        """One of each kernel of the site, for no adapter."""
+        bank, kernels, most = self.bank, self._kernels, self._linear.MAX_ROWS
+        x = bank.arena.new_zeros(most, site.in_features)
+        y = bank.arena.new_zeros(most, sum(site.out_features))
+        unused = torch.tensor([[0, 0, UNUSED]], dtype=torch.int32, device=bank.device)
+
+        def work(max_rank: int, block_m: int, num_tiles: int) -> Work:
+            return self._work(site, _Tiles(unused.repeat(num_tiles, 1), block_m, max_rank, [], num_tiles))
+
+        for max_rank in self.rank_bounds:
+            few = decode_rows(max_rank)
+            for block_m, num_tiles in ((few, 1), (few, kernels.MANY_TILES), (PREFILL_ROWS, 1)):
+                w = work(max_rank, block_m, num_tiles)
+                yield partial(kernels.forward, y, x, bank.arena, w, site.out_features)
                 if site.is_gate:
-                    kernels.gated(y, kernels.unwritten(x, work), bank.arena, work, tiles)
+                    yield partial(kernels.gated, y, kernels.unwritten(x, w), bank.arena, w, w.tiles)
+        if site.kind is SiteKind.LINEAR:
+            for rows in (2, most // 2, most):
+                w = work(LOW_RANK, decode_rows(LOW_RANK), max_tiles(rows, bank.max_slots, decode_rows(LOW_RANK)))
+                yield partial(self._base_and_adapters, site, w, x[:rows])
 
     def begin_fixed(self, tiles: torch.Tensor, num_rows: int, block_m: int, kind: StepKind) -> None:
         """Prepare the capture of a step of `num_rows` rows whose kernels read `tiles` (n, 3) on the device.
@@ -115,7 +128,8 @@ class CudaGrafts:
         The tiles are to be those of all rows (kernels.tiles.BASE).
         """
         self.active = bool(kind.sites)
-        self.few = SiteKind.LINEAR in kind.sites and block_m != PREFILL_ROWS and num_rows <= self._linear.MAX_ROWS
+        self.few = SiteKind.LINEAR in kind.sites and block_m != PREFILL_ROWS
+        self.few &= self._linear.fits(num_rows, kind.max_rank)
         self._body, self._head = _Tiles(tiles, block_m, kind.max_rank, [], len(tiles)), None
         self._fixed = kind.sites
 
@@ -134,10 +148,14 @@ class CudaGrafts:
             return base.base(x)
         work = self._work(self.sites[site], tiles)
         if self.few:
-            return self._linear.linear(x, base.weight, base.bias, self.bank.arena, work, outs, self._counters)
+            return self._base_and_adapters(self.sites[site], work, x)
         y, h = self._base_and_shrink(site, work, x)
         self._kernels.expand(y, h, self.bank.arena, work, "b", outs)
         return y
+
+    def _base_and_adapters(self, site: Site, work: Work, x: torch.Tensor) -> torch.Tensor:
+        base = self.train.linears[site.index]
+        return self._linear.linear(x, base.weight, base.bias, self.bank.arena, work, site.out_features, self._counters)
 
     def gated(self, site: int, x: torch.Tensor) -> torch.Tensor:
         assert self._body is not None
