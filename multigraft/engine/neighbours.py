@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -23,15 +23,29 @@ ENOUGH = 0.4
 """Of a core, taken by others, that is worth a thread. A process that wants all of a core gets 0.6 of it at least."""
 
 
-def others_seconds() -> float:
-    """CPU time that other processes have taken so far, and other machines of that which was this one's: differences
-    tell. 0 where the system does not say."""
+def my_cores() -> set[int]:
+    """Those that this process may use: in a container, perhaps some of the machine's."""
     try:
-        fields = Path("/proc/stat").read_text().split(maxsplit=9)
-        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
+        return os.sched_getaffinity(0)
+    except AttributeError:  # not on this system
+        return set(range(os.cpu_count() or 1))
+
+
+def others_seconds() -> float:
+    """CPU time of my_cores that other processes have taken so far, and other machines of that which was this one's:
+    differences tell. 0 where the system does not say."""
+    try:
+        return busy_seconds(Path("/proc/stat").read_text(), my_cores()) - time.process_time()
     except (OSError, ValueError):
         return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def busy_seconds(stat: str, cores: Collection[int]) -> float:
+    """How long the cores were not idle, by the text of /proc/stat."""
+    names = {f"cpu{core}" for core in cores}
+    lines = [line.split() for line in stat.splitlines() if line.startswith("cpu")]
+    taken = [sum(map(int, line[1:4] + line[6:9])) for line in lines if line[0] in names]  # all but idle and iowait
+    return sum(taken) / os.sysconf("SC_CLK_TCK")
 
 
 class Neighbours:
@@ -43,10 +57,12 @@ class Neighbours:
         clock: Callable[[], float] = time.monotonic,
         set_threads: Callable[[int], None] = torch.set_num_threads,
         threads: int | None = None,
+        cores: int | None = None,
     ):
-        """others: as others_seconds. threads: without neighbours."""
+        """others: as others_seconds. threads: without neighbours. cores: that this process may use."""
         self._others, self._clock, self._set_threads = others, clock, set_threads
         self._most = self._now = threads or torch.get_num_threads()
+        self._cores = cores or len(my_cores())
         self._looked, self._taken = clock(), self._others()
 
     def look(self) -> None:
@@ -57,7 +73,8 @@ class Neighbours:
         taken = self._others()
         busy = (taken - self._taken) / (now - self._looked)
         self._looked, self._taken = now, taken
-        wanted = max(1, self._most - math.floor(max(0.0, busy) + 1 - ENOUGH))
+        left = self._cores - math.floor(max(0.0, busy) + 1 - ENOUGH)
+        wanted = max(1, min(self._most, left))
         if wanted != self._now:
             log.info("Other processes take %.1f cores: computing with %d of %d threads.", busy, wanted, self._most)
             self._set_threads(wanted)

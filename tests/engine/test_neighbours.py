@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from multigraft.engine.neighbours import ENOUGH, PERIOD_S, Neighbours, others_seconds
+from multigraft.engine.neighbours import ENOUGH, PERIOD_S, Neighbours, busy_seconds, others_seconds
 
 
 class Machine:
     """A clock, and other processes that take so many cores."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, cores: int | None = None):
         self.now = self.taken = 0.0
         self.set: list[int] = []
-        self.neighbours = Neighbours(lambda: self.taken, lambda: self.now, self.set.append, threads)
+        self.neighbours = Neighbours(lambda: self.taken, lambda: self.now, self.set.append, threads, cores or threads)
 
     def run(self, seconds: float, cores: float) -> None:
         self.now += seconds
@@ -31,6 +32,13 @@ def test_threads_follow_the_cores_that_are_left():
     for cores in (0.0, 0.3, 1.0, 1.1, 2.5, 9.0, 0.5, 0.0):
         machine.run(PERIOD_S, cores)
     assert machine.set == [3, 1, 3, 4]  # 2.5 and 9 cores leave one each; told only when the number changes
+
+
+def test_cores_without_a_thread_are_left_to_others():
+    machine = Machine(threads=4, cores=8)
+    for cores in (4.3, 5.0, 4.0):
+        machine.run(PERIOD_S, cores)
+    assert machine.set == [3, 4]
 
 
 def test_it_looks_once_a_period():
@@ -65,3 +73,9 @@ def test_a_busy_process_is_seen():
     time.sleep(1.0)
     assert others_seconds() - taken > ENOUGH
     other.join()
+
+
+def test_other_cores_do_not_count():
+    stat = "cpu 900 0 0 0 0 0 0 0 0 0\ncpu0 100 2 30 9000 9000 4 5 6 7 7\ncpu1 800 0 0 0 0 0 0 0 0 0\ncpu10 1 0 0 0 0 0 0 0 0 0\n"
+    assert busy_seconds(stat, {0}) == 147 / os.sysconf("SC_CLK_TCK")
+    assert busy_seconds(stat, {0, 10}) == 148 / os.sysconf("SC_CLK_TCK")
