@@ -54,6 +54,21 @@ LLAMA_70B = LLAMA_8B | {
     "num_attention_heads": 64,
 }
 
+SMOLLM2_135M = LLAMA_8B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def linear_shapes(config: transformers.PretrainedConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of the seven linears of a Llama-shaped decoder layer, by path inside the layer."""

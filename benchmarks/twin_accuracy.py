@@ -13,8 +13,13 @@ computed, is run again up to twice; the least disturbed run counts, whatever it 
         --max-num-batched-tokens 2048 --kv-gib 8 --adapter-gib 6 --train-memory-gib 8 --microbatch 1024 \
         --workloads 8 --seconds 6 --calibrate-seconds 60 --attempts 1
 
-MODEL: a folder or a .gguf file; random-8b is Llama-3.1-8B with random weights. DATA_FOLDER holds servegen-m-small;
-without it arrivals are gamma.
+MODEL: a folder or a .gguf file; random-8b and random-smollm2 are Llama-3.1-8B and SmolLM2-135M with random weights.
+DATA_FOLDER holds servegen-m-small; without it arrivals are gamma. Where a machine is lent for minutes only, several
+processes with cores of their own each run a part, with one profile, and are shown together:
+
+    taskset -c 0,1 python -m benchmarks.twin_accuracy random-smollm2 DATA_FOLDER --profile P --part 0 2 --save
+    taskset -c 2,3 python -m benchmarks.twin_accuracy random-smollm2 DATA_FOLDER --profile P --part 1 2 --save
+    python -m benchmarks.twin_accuracy --join 2      the last two lines of results/twin_accuracy.jsonl
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, finish, until_cut
+from benchmarks.common import LLAMA_8B, RESULTS, SMOLLM2_135M, finish, until_cut
 from multigraft.calibration.calibrate import calibrate, write_adapter
 from multigraft.calibration.drive import Drive, sized
 from multigraft.calibration.points import PointRunner
@@ -62,7 +67,8 @@ T = TypeVar("T")
 OTHERS = 0.05
 """Cores that other processes may take of a run."""
 RANKS = (8, 16, 32, 64)
-GOALS = {"throughput": 0.05, "ttft.mean": 0.10, "itl.mean": 0.10}
+RANDOM = {"random-8b": LLAMA_8B, "random-smollm2": SMOLLM2_135M}
+GOALS = {"throughput": 0.05, "output_throughput": 0.05, "ttft.mean": 0.10, "itl.mean": 0.10}
 
 
 def workloads(seconds: float, capacity: float, data: Path | None, microbatch: int) -> Iterator[Workload]:
@@ -187,7 +193,7 @@ def register(parts: Any, folder: Path, workload: Workload) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--seconds", type=float, default=12.0)
@@ -203,18 +209,28 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=256, help="rows of a pass of the fine-tuning jobs")
     parser.add_argument("--workloads", type=int, help="so many of them, evenly chosen")
     parser.add_argument("--only", default="", metavar="WORD", help="those with this in their names: job, prefill, r64")
+    parser.add_argument("--part", type=int, nargs=2, metavar=("I", "N"), help="the Ith of N parts of these, from 0 on")
+    parser.add_argument("--join", type=int, metavar="LINES", help="of results/twin_accuracy.jsonl, in place of a run")
     parser.add_argument("--attempts", type=int, default=3, help="runs of a workload that was disturbed, at most")
     parser.add_argument("--smoke", action="store_true", help="three short workloads: whether it runs, not how well")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     if args.smoke:
         args.seconds, args.calibrate_seconds = 3.0, 5.0
+    if (args.model is None) == (args.join is None):
+        parser.error("a model, or --join")
+    if args.join:
+        lines = map(json.loads, (RESULTS / "twin_accuracy.jsonl").read_text().splitlines()[-args.join :])
+        rows = [row for line in lines for row in line["rows"]]
+        show(rows)
+        print(json.dumps(summary(rows)))
+        return
     models = tempfile.TemporaryDirectory()
-    if args.model == "random-8b":
-        (Path(models.name) / "config.json").write_text(json.dumps(LLAMA_8B))
+    if args.model in RANDOM:
+        (Path(models.name) / "config.json").write_text(json.dumps(RANDOM[args.model]))
     config = make_config(
-        models.name if args.model == "random-8b" else args.model,
-        load_format="dummy" if args.model == "random-8b" else "auto",
+        models.name if args.model in RANDOM else args.model,
+        load_format="dummy" if args.model in RANDOM else "auto",
         max_model_len=args.max_model_len,
         device=args.device,
         kv_cache_gib=args.kv_gib,
@@ -243,9 +259,9 @@ def main() -> None:
     if not found:
         parser.error(f"no workload has {args.only!r} in its name")
     count = min(len(found), 3 if args.smoke else args.workloads or len(found))
-    kept = args.profile and args.profile.with_suffix(".live.jsonl")
+    chosen = found[:: len(found) // count][:count]
+    kept = args.profile and args.profile.with_suffix(f".live{args.part[0] if args.part else ''}.jsonl")
     rows = []
-    pairs: list[tuple[Report, Report]] = []
     with tempfile.TemporaryDirectory() as folder, until_cut():
         parts = engine_parts.build(config)
         for rank in RANKS:
@@ -254,13 +270,12 @@ def main() -> None:
         core = EngineCore(parts)
         core.start()
         machine = Machine(core)
-        for workload in found[:: len(found) // count][:count]:
+        for workload in chosen[args.part[0] :: args.part[1]] if args.part else chosen:
             begun, runs = time.monotonic(), []
             while len(runs) < args.attempts and (not runs or runs[-1][1] > 1):
                 register(parts, Path(folder), workload)
                 runs.append(machine.watch(partial(measure, workload, config, core, profile, len(runs), kept)))
             (twin, measured, model_error), disturbance = min(runs, key=itemgetter(1))
-            pairs.append((twin, measured))
             rows.append(row(twin, measured, model_error) | {"runs": len(runs), "disturbance": disturbance})
             errors = ", ".join(f"{m} {rows[-1][f'{m}_error']:+.1%}" for m in GOALS)
             seconds = time.monotonic() - begun
@@ -269,21 +284,29 @@ def main() -> None:
     if not rows:
         sys.exit("cut off before the first workload was through")
     show(rows)
-    predicted, actual = (starvation(reports) for reports in zip(*pairs, strict=True))
     settings = {
-        "model": args.model if args.model == "random-8b" else Path(args.model).name,
+        "model": args.model if args.model in RANDOM else Path(args.model).name,
         "hardware": dict(profile.hardware),
         "seconds": args.seconds,
         "only": args.only,
+        "part": args.part,
         "profile_errors": dict(profile.errors),
-        "starvation_macro_f1": round(macro_f1(predicted, actual), 4),
-        "starved_share": round(sum(actual) / len(actual), 4),
+        **summary(rows),
+    }
+    finish("twin_accuracy", settings, rows, save=args.save)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    predicted, actual = ("".join(r[key] for r in rows) for key in ("twin_starvation", "starvation"))
+    return {
+        "workloads": len(rows),
+        "starvation_macro_f1": round(macro_f1([c == "1" for c in predicted], [c == "1" for c in actual]), 4),
+        "starved_share": round(actual.count("1") / len(actual), 4),
         "worst": {m: max(abs(r[f"{m}_error"]) for r in rows) for m in GOALS},
         "mean": {m: statistics.mean(abs(r[f"{m}_error"]) for r in rows) for m in GOALS},
         "mean_halved_smape": {m: statistics.mean(r[f"{m}_smape"] for r in rows) for m in GOALS},
         "goals": GOALS,
     }
-    finish("twin_accuracy", settings, rows, save=args.save)
 
 
 def row(twin: Report, measured: Report, model_error: float | None) -> dict[str, Any]:
@@ -293,8 +316,14 @@ def row(twin: Report, measured: Report, model_error: float | None) -> dict[str, 
     assert measured.resources is not None and twin.resources is not None
     found |= {"loads": measured.resources.loads, "twin_loads": twin.resources.loads, "step_time_error": model_error}
     found |= {"starved": measured.starved_adapters, "twin_starved": twin.starved_adapters}
+    found |= {"starvation": _flags(measured), "twin_starvation": _flags(twin)}
     found |= {"trained": measured.train_throughput, "twin_trained": twin.train_throughput}
     return found | {"measured_queueing": dataclasses.asdict(measured.queueing)["mean"]}
+
+
+def _flags(report_: Report) -> str:
+    """1 for each adapter that starves, in order, and 0 for each other."""
+    return "".join(str(int(starved)) for starved in starvation([report_]))
 
 
 def show(rows: list[dict[str, Any]]) -> None:

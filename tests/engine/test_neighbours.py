@@ -76,6 +76,7 @@ def test_a_busy_process_is_seen():
 
 
 def test_other_cores_do_not_count():
-    stat = "cpu 900 0 0 0 0 0 0 0 0 0\ncpu0 100 2 30 9000 9000 4 5 6 7 7\ncpu1 800 0 0 0 0 0 0 0 0 0\ncpu10 1 0 0 0 0 0 0 0 0 0\n"
+    lines = ("cpu 900 0 0 0", "cpu0 100 2 30 9000 9000 4 5 6 7 7", "cpu1 800 0 0 0 0 0 0 0", "cpu10 1 0 0 0 0 0 0 0")
+    stat = "\n".join(lines)
     assert busy_seconds(stat, {0}) == 147 / os.sysconf("SC_CLK_TCK")
     assert busy_seconds(stat, {0, 10}) == 148 / os.sysconf("SC_CLK_TCK")
