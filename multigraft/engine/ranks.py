@@ -44,6 +44,9 @@ FOREVER = timedelta(days=365)
 """Idle ranks wait in a broadcast; whoever dies closes its connections, which ends the waiting at once."""
 JOIN_SECONDS = 120
 """For the other ranks' processes to start and connect."""
+HANG_SECONDS = 20
+"""For this rank to notice that another has ended. A call that waits for the lost one may never return, so then its
+process ends, too."""
 
 
 class Ranks:
@@ -55,6 +58,7 @@ class Ranks:
         self._lost: RankLost | None = None
         self._lost_event = threading.Event()
         self._closing = False
+        self._noticed = threading.Event()
         self._in_step = True
         """Whether the other ranks wait for the next message, as far as this one knows."""
         self._told_of_loss: Callable[[RankLost], None] | None = None
@@ -137,7 +141,10 @@ class Ranks:
         self._lost_event.set()
         if self._told_of_loss is not None:
             self._told_of_loss(self._lost)
-        _abort_collectives()
+        threading.Thread(target=_abort_collectives, name="abort", daemon=True).start()  # it may wait, too
+        if not self._noticed.wait(HANG_SECONDS):
+            log.critical("This rank waits for it still, after %.0f s: its process ends.", HANG_SECONDS)
+            os._exit(1)
 
     def on_loss(self, tell: Callable[[RankLost], None]) -> None:
         """Call `tell`, on another thread, when a rank's process ends."""
@@ -161,6 +168,7 @@ class Ranks:
         The engine ends: as the others may wait in any collective, `close` tells them nothing.
         """
         self._in_step = False
+        self._noticed.set()
         if not isinstance(error, RankLost):
             self._lost_event.wait(2.0 if self._processes else 0.0)
         return self._lost or error
@@ -170,6 +178,7 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
+        self._noticed.set()
         listening = self.listening
         if listening:
             with contextlib.suppress(RuntimeError):  # they may have ended by themselves
@@ -221,6 +230,11 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // size)))
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
+    if on_cuda:
+        # NCCL connects at its first collective: now, as all ranks are there. One that ended before it, while it built
+        # its part of the model, would be waited for, and what is not connected cannot be aborted.
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+        torch.cuda.synchronize()
     return dist.new_group(backend="gloo", timeout=FOREVER)
 
 

@@ -35,7 +35,7 @@ from multigraft.kernels.lora_triton import (
 )
 
 MAX_ROWS = 32
-"""Of x, for ranks up to LOW_RANK; half as many for higher ones. Each row reads its adapter's B, whoever else has."""
+"""Of x, for ranks up to LOW_RANK; a quarter of it for higher ones. Each row reads its adapter's B, whoever else has."""
 PROGRAMS = 180
 """So many keep an H100's memory busy; with fewer blocks of y's columns, those of x and W are cut into parts."""
 MAX_PARTS = 4
@@ -139,10 +139,12 @@ def _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _columns_of_h(h_m, r_start, rank, split_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(rows, BLOCK_R). h_m: of each row, where its rank 0 is."""
+def _times_b(h_m, b_mrn, r_start, rank, split_stride, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """h B, float32 (rows, columns). h_m: of each row, the column of its rank 0."""
     offs_r = r_start + tl.arange(0, BLOCK_R)
-    return _sum_splits(h_m[:, None] + offs_r[None, :], offs_r[None, :] < rank[:, None], split_stride, SPLITS)
+    in_r = offs_r[None, :] < rank[:, None]
+    h_mr = _sum_splits(h_m[:, None] + offs_r[None, :], in_r, split_stride, SPLITS)
+    return tl.sum(h_mr[:, :, None] * b_mrn.to(tl.float32), axis=1)
 
 
 @triton.jit
@@ -186,13 +188,10 @@ def _expand(
     while arrived < shrinks:
         arrived = tl.atomic_add(counters, 0, sem="acquire")
     h_m = h + offs_m * h_stride + first
-    h_mr = _columns_of_h(h_m, 0, rank, split_stride, SPLITS, BLOCK_R)
-    delta = tl.zeros((ROWS, WIDE * BLOCK_N), tl.float32)
-    for r_start in range(BLOCK_R, tl.max(rank, axis=0) + BLOCK_R, BLOCK_R):
-        next_b = _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R)  # under way during the products
-        next_h = _columns_of_h(h_m, r_start, rank, split_stride, SPLITS, BLOCK_R)
-        delta += tl.sum(h_mr[:, :, None] * b_mrn.to(tl.float32), axis=1)
-        b_mrn, h_mr = next_b, next_h
+    delta = _times_b(h_m, b_mrn, 0, rank, split_stride, SPLITS, BLOCK_R)
+    for r_start in range(BLOCK_R, tl.max(rank, axis=0), BLOCK_R):
+        b_mrn = _rows_of_b(b, r_start, rank, offs_n, in_n, width, BLOCK_R)
+        delta += _times_b(h_m, b_mrn, r_start, rank, split_stride, SPLITS, BLOCK_R)
     own = partial + ((before + first_block + offs_w // BLOCK_N) * (PARTS + 1) + PARTS) * (BLOCK_M * BLOCK_N)
     own += offs_w % BLOCK_N
     mask = (offs_m < num_rows)[:, None] & (first_block + offs_w // BLOCK_N < num_blocks)[None, :]
@@ -275,7 +274,7 @@ def _linear_kernel(
 
 def fits(num_rows: int, max_rank: int) -> bool:
     """Whether `linear` is the faster way for so many rows, and adapters of ranks up to max_rank."""
-    return num_rows <= (MAX_ROWS if max_rank <= LOW_RANK else MAX_ROWS // 2)
+    return num_rows <= (MAX_ROWS if max_rank <= LOW_RANK else MAX_ROWS // 4)
 
 
 def new_counters(most_columns: int, device: torch.device) -> torch.Tensor:
@@ -317,7 +316,7 @@ def linear(
         WIDTH=width, WIDTHS=tuple(out_features), BLOCKS=blocks, WIDE_BLOCKS=wide_blocks, NUM_WIDE=sum(wide_blocks),
         MEMBERS=work.num_members,
         HAS_BIAS=bias is not None, SPLITS=len(h), CHUNK=chunk, SHRINK_M=max(16, work.block_m),
-        SHRINK_R=64 if work.num_members > 1 else 32, SHRINK_K=64, SHRINK_STAGES=4, TILES=MAX_ROWS,
+        SHRINK_R=min(64, triton.next_power_of_2(h.shape[2])), SHRINK_K=64, SHRINK_STAGES=4, TILES=MAX_ROWS,
         EVEN=width % (parts * sizes["BLOCK_K"]) == 0 and all(n % sizes["BLOCK_N"] == 0 for n in out_features),
         **sizes, **_overlap(x.device),
     )  # fmt: skip
@@ -325,7 +324,7 @@ def linear(
 
 
 def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size: int) -> dict[str, int]:
-    """Block sizes and options, with which a processor has room for four programs."""
+    """Block sizes with which a processor has room for four programs, by their registers and shared memory."""
     block_m, block_n, block_k = 16 if num_rows <= 16 else 32, 64, 256 // element_size
     num_blocks = sum(_blocks(out_features, block_n))
     parts = 1
@@ -333,5 +332,5 @@ def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size:
         parts *= 2
     part = triton.cdiv(triton.cdiv(width, parts), block_k) * block_k
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PARTS": parts, "PART": part}
-    expand = {"WIDE": 2, "ROWS": 2, "BLOCK_R": 16} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
-    return sizes | expand | {"LAST": parts == 1, "STAGES": 3, "num_warps": 4, "maxnreg": 128}
+    expand = {"WIDE": 2, "ROWS": 4, "BLOCK_R": 8} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
+    return sizes | expand | {"LAST": parts == 1, "STAGES": 3, "num_warps": 4}

@@ -96,7 +96,8 @@ class CudaGrafts:
             list(threads.map(self._on_device, calls))
 
     def _on_device(self, call: Callable[[], object]) -> None:
-        with torch.cuda.device(self.bank.device) if self.bank.device.type == "cuda" else nullcontext():
+        device = self.bank.arena.device  # with its index, which each thread has to be told
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             call()
 
     def _calls(self, site: Site) -> Iterator[Callable[[], object]]:
@@ -116,10 +117,10 @@ class CudaGrafts:
                 yield partial(kernels.forward, y, x, bank.arena, w, site.out_features)
                 if site.is_gate:
                     yield partial(kernels.gated, y, kernels.unwritten(x, w), bank.arena, w, w.tiles)
-        if site.kind is SiteKind.LINEAR:
-            for rows in (2, most // 2, most):
-                w = work(LOW_RANK, decode_rows(LOW_RANK), max_tiles(rows, bank.max_slots, decode_rows(LOW_RANK)))
-                yield partial(self._base_and_adapters, site, w, x[:rows])
+            for rows in (4, most // 2, most) if site.kind is SiteKind.LINEAR else ():
+                if self._linear.fits(rows, max_rank):
+                    w = work(max_rank, few, max_tiles(rows, bank.max_slots, few))
+                    yield partial(self._base_and_adapters, site, w, x[:rows])
 
     def begin_fixed(self, tiles: torch.Tensor, num_rows: int, block_m: int, kind: StepKind) -> None:
         """Prepare the capture of a step of `num_rows` rows whose kernels read `tiles` (n, 3) on the device.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -162,6 +164,32 @@ def test_a_killed_rank_ends_the_engine(llama: World, busy: bool, request: pytest
         assert not engine._engine.healthy
         with pytest.raises(RankLost):
             engine.generate([[5, 6, 7]], sampling)[0].text  # noqa: B018
+
+
+HANGS = """
+import os, sys, time
+from multigraft import Engine
+from multigraft.engine import parts, ranks
+
+def hang(config, progress, ranks):
+    os.kill(ranks._processes[1].pid, 9)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    ranks.HANG_SECONDS, parts._build_lead = 0.5, hang
+    Engine(sys.argv[1], tensor_parallel_size=2, device="cpu")
+"""
+
+
+def test_a_rank_that_waits_forever_for_a_lost_one_ends(llama: World, tmp_path: Path) -> None:
+    """As in a call of NCCL's, which a lost rank does not end."""
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    found = subprocess.run(
+        [sys.executable, script, llama.checkpoint], timeout=50, text=True, capture_output=True, check=False
+    )
+    assert found.returncode == 1
+    assert "rank 1 was killed by signal 9" in found.stderr and "its process ends" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ class Checked:
         if decodes:
             kind = graphs._captured.kind_for(self.runner.grafts.kind(slots))
             self.kinds.add((len(batch.spans), kind))
-            how = "few" if SiteKind.LINEAR in kind.sites and len(batch.spans) <= MAX_ROWS else how
+            size = graphs._size(len(batch.spans))
+            how = "few" if SiteKind.LINEAR in kind.sites and graphs.grafts._linear.fits(size, kind.max_rank) else how
         for expected, errors in ((compiled, self.errors[how]), (plain, self.errors["plain"])):
             errors += ((output.logits - expected).float().norm(dim=1) / expected.float().norm(dim=1)).tolist()
         return output
