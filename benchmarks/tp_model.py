@@ -10,10 +10,11 @@ A step is the sum of its parts, each from a measurement, or from what the table 
 - Collectives: two all-reduces a layer and one of the embedding, an all-gather of the logits, a small broadcast.
 - Adapters: launches (two kernels a site, and one at gate/up, where expand is inside SwiGLU), and bytes: factors of the
   adapters in use once, x once, y twice. Block-diagonal has 1/T of the matched rank on each GPU, replicated all ranks of
-  one factor, s-lora 1/T of both factors. Decode steps shrink beside the base product, which spares a fixed time a
-  site: the mean of what it spared in the measured layers, at any rank, batch and T.
+  one factor, s-lora 1/T of both factors. Decode steps of few rows have base and adapters in one kernel, of many shrink
+  beside the base product; either spares a fixed time a site: the mean of what it spared in the measured layers, at any
+  rank, batch and T.
 - s-lora besides: the product with A gathered (q/k/v, gate/up) or summed (o, down) in float32 at every site; small
-  kernels that add up shrink's splits and lay the gathered product out; no expand inside SwiGLU, no shrink beside.
+  kernels that add up shrink's splits and lay the gathered product out; no expand inside SwiGLU, nothing spared.
 
 Assumed: nothing else overlaps but what did when it was measured; the host is never what a step waits for; launches
 take as long on all cards, bytes scale with the datasheets' memory bandwidths and arithmetic with their peaks; ranks
@@ -45,7 +46,7 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, finish
 from benchmarks.tp import LONG, MODELS, PLACEMENTS, PROMPT, SHORT, matched_rank
-from benchmarks.tp_parts import BY_INPUTS, MEMORY, SITES, Layer, Parts, known_gpu, lora_sizes, read_lines
+from benchmarks.tp_parts import BY_INPUTS, FEW_ROWS, MEMORY, SITES, Layer, Parts, known_gpu, lora_sizes, read_lines
 
 CONTEXT = PROMPT + (SHORT + LONG) / 2
 """Of benchmarks.tp's decode steps, on average."""
@@ -89,7 +90,7 @@ class Step:
     fused: bool = True
     """Whether expand is inside SwiGLU."""
     beside: bool = True
-    """Whether decode steps shrink beside the base product."""
+    """Whether decode steps spare what is not waited for."""
 
     @property
     def sampled(self) -> int:
@@ -141,7 +142,7 @@ class Step:
         sizes = lora_sizes(n_in, outs, rank_a, rank_b, num, self.rows, in_swiglu=in_swiglu)
         if self.prompt:
             return parts.adapters_prefill.us(*sizes), exchange
-        spared = parts.spared if self.beside and placement != "s-lora" else 0.0
+        spared = parts.spared[self.rows <= FEW_ROWS] if self.beside and placement != "s-lora" else 0.0
         return parts.adapters.us(*sizes) - spared, exchange
 
 

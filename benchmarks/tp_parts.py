@@ -91,6 +91,8 @@ class Layer:
         return 2 * rows * (8 * self.config.hidden_size + split)
 
 
+FEW_ROWS = 32
+"""As kernels.linear_triton.MAX_ROWS, which only Triton can tell."""
 WHOLE_8B = Layer(transformers.LlamaConfig(**LLAMA_8B), 1)
 
 
@@ -147,12 +149,8 @@ class Parts:
         self._gemm_rate = self._read_gemm_rate(gemm)
         self.adapters = self._read_adapters(decode, layers)
         self.adapters_prefill = self._read_adapters(prefill)
-        # us of a site that a second stream, beside the base product, spares a decode step
-        spared = [row["serial_us"] - row["us"] for row in layers["rows"]]
-        self.spared = sum(spared) / len(spared) / len(SITES)
-        what = f"{len(SITES) * self.spared:.1f} us a layer ({min(spared):.1f} to {max(spared):.1f})"
-        where = f"lora_kernels.jsonl, layer, {layers['date']} ({known_gpu(layers)})"
-        self._note("a stream beside the product spares", f"{what}: mean of {where}")
+        # us of a site that decode steps spare: of few rows with one kernel, of many with a second stream
+        self.spared = {few: self._read_spared(layers, few) for few in (True, False)}
         self._collectives: dict[int, dict[str, tuple[list[float], list[float]]]] = {}
         self._read_collectives()
 
@@ -174,9 +172,10 @@ class Parts:
     def _read_layers(self, line: dict[str, Any]) -> Cost:
         """As _read_gemm, from whole layers' products and SwiGLU: weights of one size, so launches are in the bytes."""
         of, features, times = known_gpu(line), [], []
-        weights = sum(n_in * n_out for n_in, n_out in linear_shapes(WHOLE_8B.config).values())
+        whole = sum(n_in * n_out for n_in, n_out in linear_shapes(WHOLE_8B.config).values())
         for row in line["rows"]:
-            swiglu = 6 * row["rows"] * WHOLE_8B.config.intermediate_size
+            weights = whole / row.get("num_ranks", 1)
+            swiglu = 6 * row["rows"] * WHOLE_8B.config.intermediate_size / row.get("num_ranks", 1)
             features.append((0, 2 * weights + swiglu, 2 * row["rows"] * weights))
             times.append(row["base_us"] - self.small_kernel)
         cost = Cost.fit(features, times)
@@ -204,7 +203,8 @@ class Parts:
             times.append(row["us"])
         for row in layers["rows"] if layers else ():
             of_row = (row["rank"], row["rank"], row["adapters"], row["rows"])
-            sizes = [lora_sizes(*WHOLE_8B.site(s), *of_row, in_swiglu=s == "gate_up") for s in SITES]
+            layer = Layer(WHOLE_8B.config, row.get("num_ranks", 1))
+            sizes = [lora_sizes(*layer.site(s), *of_row, in_swiglu=s == "gate_up") for s in SITES]
             features += len(SITES) * [tuple(map(sum, zip(*sizes, strict=True)))]
             times += len(SITES) * [row["serial_us"]]
         cost, of = Cost.fit(features, times), known_gpu(line)
@@ -213,6 +213,14 @@ class Parts:
         kinds = " and ".join(sorted({row["kind"] for row in line["rows"]}) + ["layer"] * bool(layers))
         self._note(f"adapters, {kinds}", f"lora_kernels.jsonl, {line['date']} ({of}); fits to {off:.0%} (median)")
         return cost.scaled(of, self.gpu)
+
+    def _read_spared(self, line: dict[str, Any], few: bool) -> float:
+        spared = [row["serial_us"] - row["us"] for row in line["rows"] if (row["rows"] <= FEW_ROWS) == few]
+        mean = sum(spared) / len(spared)
+        where = f"lora_kernels.jsonl, layer, {line['date']} ({known_gpu(line)})"
+        what = f"{mean:.1f} us a layer ({min(spared):.1f} to {max(spared):.1f}): mean of {where}"
+        self._note(f"spared with {'few' if few else 'many'} rows", what)
+        return mean / len(SITES)
 
     def _read_others(self) -> None:
         slope, launch = np.polyfit((160, 256, 384), (69, 103, 149), 1)  # us by context, of 256 rows
