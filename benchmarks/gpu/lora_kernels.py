@@ -32,7 +32,7 @@ from benchmarks.common import finish
 from multigraft.kernels import linear_triton, lora_reference, lora_triton
 from multigraft.kernels.lora import NO_OFFSET, segmented_lora, segmented_lora_, segmented_lora_backward
 from multigraft.kernels.tiles import DECODE_ROWS as LOW_RANK_ROWS
-from multigraft.kernels.tiles import HIGH_RANK_ROWS, build_tiles, choose_block_m, decode_rows, max_tiles
+from multigraft.kernels.tiles import HIGH_RANK_ROWS, UNUSED, build_tiles, choose_block_m, decode_rows, max_tiles
 from multigraft.kernels.tiles import PREFILL_ROWS as PROMPT_ROWS
 from multigraft.models.segments import side_by_side
 
@@ -232,6 +232,35 @@ def layer_rows() -> Iterator[dict[str, Any]]:
         yield {**sizes, "floor_us": floor, **us, "ratio": us["us"] / floor, "error": error}
 
 
+def few_rows() -> Iterator[dict[str, Any]]:
+    """Sites with few rows: the base product alone (cuBLAS), adapters after it (shrink beside it), and both in one
+    kernel, also without any adapter (idle)."""
+    beside = torch.cuda.Stream()
+    counters = linear_triton.new_counters(max(sum(outs) for _, outs in SITES.values()), torch.device("cuda"))
+    for num_ranks, site, (rows, ranks) in itertools.product((1, 2), SITES, FEW):
+        part = Part(site, rows, ranks, decode_rows(max(ranks)), num_ranks)
+        n_in, outs = part.widths
+        pairs = [
+            (Inputs.random(part), weight(part)) for _ in range(max(3, int(ROTATED_BYTES / (2 * n_in * sum(outs)))))
+        ]
+        none = torch.tensor([[0, 0, UNUSED]] * len(pairs[0][0].work.tiles), dtype=torch.int32, device="cuda")
+
+        one = partial(linear_triton.linear, bias=None, out_features=outs, counters=counters)
+        times = {
+            "linear_us": graph_us([partial(F.linear, i.x, w) for i, w in pairs]),
+            "beside_us": graph_us([partial(expanded, beside, part, i, w) for i, w in pairs]),
+            "idle_us": graph_us(
+                [partial(one, i.x, w, arena=i.arena, work=i.work._replace(tiles=none)) for i, w in pairs]
+            ),
+            "us": graph_us([partial(one, i.x, w, arena=i.arena, work=i.work) for i, w in pairs]),
+        }
+        i, w = pairs[0]
+        error = relative_error(one(i.x, w, arena=i.arena, work=i.work), expanded(None, part, i, w).float())
+        sizes = {"kind": "few", "num_ranks": num_ranks, "site": site, "rows": rows, "adapters": len(ranks)}
+        yield {**sizes, "rank": max(ranks), **times, "error": error}
+
+
+FEW = ((2, (16,)), (16, (16,) * 4), (16, (16,) * 16), (32, (16,) * 4), (4, (64,) * 4))
 LAYERS = (
     (1, (16,)),
     (2, (16,)),
@@ -268,12 +297,21 @@ def plain(shape: Shape, i: Inputs, w: torch.Tensor, swiglu: Swiglu) -> torch.Ten
 def after_product(
     beside: torch.cuda.Stream | None, shape: Shape, i: Inputs, w: torch.Tensor, swiglu: Swiglu
 ) -> torch.Tensor:
-    shrink = partial(lora_triton.shrink, i.x, i.arena, i.work, "a", [i.x.shape[1]])
-    y, h = side_by_side(partial(F.linear, i.x, w), shrink, beside)
-    if shape.site == "gate_up":
-        return lora_triton.gated(y, h, i.arena, i.work, i.work.tiles)
+    if shape.site != "gate_up":
+        return expanded(beside, shape, i, w)
+    y, h = shrunk(beside, i, w)
+    return lora_triton.gated(y, h, i.arena, i.work, i.work.tiles)
+
+
+def expanded(beside: torch.cuda.Stream | None, shape: Shape, i: Inputs, w: torch.Tensor) -> torch.Tensor:
+    y, h = shrunk(beside, i, w)
     lora_triton.expand(y, h, i.arena, i.work, "b", shape.widths[1])
     return y
+
+
+def shrunk(beside: torch.cuda.Stream | None, i: Inputs, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shrink = partial(lora_triton.shrink, i.x, i.arena, i.work, "a", [i.x.shape[1]])
+    return side_by_side(partial(F.linear, i.x, w), shrink, beside)
 
 
 def in_product(counters: torch.Tensor, shape: Shape, i: Inputs, w: torch.Tensor, swiglu: Swiglu) -> torch.Tensor:
@@ -488,7 +526,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["decode", "prefill", "gated", "layer", "train", "tp", "gemm"]
+    kinds = ["decode", "prefill", "gated", "layer", "train", "few", "tp", "gemm"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds[:5])
     kernels = sorted({kernel for kernel, _ in CANDIDATES})
     parser.add_argument("--tune", nargs="+", choices=kernels, default=[], help="also time these with other block sizes")
@@ -504,6 +542,8 @@ def main() -> None:
         rows += gated_rows()
     if "layer" in args.only:
         rows += layer_rows()
+    if "few" in args.only:
+        rows += few_rows()
     if "train" in args.only:
         rows += training_rows()
     show(rows, "Segmented LoRA")

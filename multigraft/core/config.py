@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from multigraft.core.cores import my_cores
+
 
 def fetch_threads(num_cpus: int | None = None) -> int:
     """How many adapters are read from disk at once on a machine with so many cores; default: this one."""
-    return max(2, min(8, (num_cpus or os.cpu_count() or 1) // 2))
+    return max(2, min(8, (num_cpus or len(my_cores())) // 2))
 
 
 @dataclass(frozen=True, kw_only=True)

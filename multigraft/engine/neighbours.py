@@ -15,20 +15,14 @@ from pathlib import Path
 
 import torch
 
+from multigraft.core.cores import my_cores
+
 log = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 """Between two looks at the others."""
 ENOUGH = 0.4
 """Of a core, taken by others, that is worth a thread. A process that wants all of a core gets 0.6 of it at least."""
-
-
-def my_cores() -> set[int]:
-    """Those that this process may use: in a container, perhaps some of the machine's."""
-    try:
-        return os.sched_getaffinity(0)
-    except AttributeError:  # not on this system
-        return set(range(os.cpu_count() or 1))
 
 
 def others_seconds() -> float:

@@ -31,6 +31,7 @@ from multigraft.adapters.site import PackedAdapter, SiteBlock
 from multigraft.adapters.transfer import Load, new_block
 from multigraft.core.batch import AdapterMove, Batch
 from multigraft.core.config import EngineConfig
+from multigraft.core.cores import my_cores
 from multigraft.core.errors import InvalidRequest, ModelNotSupported, RankLost
 from multigraft.engine import wire
 from multigraft.models.parallel import Group
@@ -227,7 +228,7 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
             )
         torch.cuda.set_device(local)
     else:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // size)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(my_cores()) // size)))
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
     if on_cuda:

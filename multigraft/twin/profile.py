@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from multigraft.core.config import SchedulerConfig, TrainingConfig
+from multigraft.core.cores import my_cores
 from multigraft.core.errors import CapacityExceeded, InvalidRequest
 from multigraft.scheduling.steptime import StepTimeModel
 
@@ -190,7 +190,7 @@ def this_machine(device: str | None = None) -> dict[str, Any]:
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux, or a kernel that does not say: the architecture will do
-    return {"device": device or "cpu", "cpu": cpu, "cores": os.cpu_count()}
+    return {"device": device or "cpu", "cpu": cpu, "cores": len(my_cores())}
 
 
 def these_versions() -> dict[str, str]:

@@ -63,6 +63,8 @@ class _Flight:
     """Seconds of the training that follows the results."""
     shape: StepShape | None = None
     """Of a step that the engine's clock times, for the training share to learn from."""
+    slots: set[int] = field(default_factory=set)
+    """Of its adapters."""
 
 
 def simulate(
@@ -190,6 +192,8 @@ class Twin:
             shape = StepShape.of(batch)
             self._take_time(flight, shape, batch.train)
             flight.shape = shape if timed else None
+        if self.profile.overlap:
+            flight.slots = {span.slot for span in batch.spans if span.slot is not None}
         for span in batch.spans:
             if span.phase is Phase.DECODE:
                 break  # the last phase
@@ -356,11 +360,13 @@ class Twin:
             self.record.loads.append(Load(move.ref.name, start, self.now - start))  # type: ignore[union-attr]
 
     def _begin_copies(self) -> None:
-        """Of adapters in host memory: on the CPU in the engine's own time, elsewhere on the bus, one at a time."""
-        loads = self.profile.loads
+        """Of adapters in host memory: on the CPU in the engine's own time, elsewhere on the bus, one at a time, each
+        after the step in flight if that uses its slot."""
+        loads, flight = self.profile.loads, self._in_flight
         while self._host.done:
             move, start = self._host.done.popleft()
-            self._copied = max(self._copied, self.now) + loads.copy_per_byte * move.ref.nbytes
+            free = self.now + (flight.seconds if flight and move.slot in flight.slots else 0.0)
+            self._copied = max(self._copied, free) + loads.copy_per_byte * move.ref.nbytes
             due = self._copied + loads.copy
             if not self.profile.overlap:
                 self.now = self._host.idle(self.now, due)

@@ -51,7 +51,17 @@ def test_loads_take_time_by_bytes_and_the_second_comes_from_host_memory() -> Non
     assert record.served[2].first == pytest.approx(20.21)
 
 
-def test_with_overlap_copies_share_the_copying_threads() -> None:
+def test_with_overlap_a_copy_waits_for_the_step_in_flight_that_uses_its_slot() -> None:
+    p = profile(overlap=True, step=0.5, loads=LoadTimes(copy_per_byte=1e-6))
+    adapters = (Adapter(name="a", nbytes=10**6), Adapter(name="b", nbytes=10**6))
+    requests = (Arrival(0.0, "a", 4, 1), Arrival(0.0, "b", 4, 1))
+    one_slot = p.deployment(max_loras=1, adapter_bytes=10**6)
+    record = simulate(Workload(name="loads", adapters=adapters, requests=requests), p, one_slot)
+    # Step 1 runs from 1.0 to 1.5; b is asked for as soon as that is launched.
+    assert [load.seconds for load in record.loads or []] == pytest.approx([1.0, 1.5])
+
+
+def test_with_overlap_copies_are_made_one_after_the_other() -> None:
     p = profile(overlap=True, step=0.01, loads=LoadTimes(copy=0.1, copy_per_byte=1e-6))
     adapters = tuple(Adapter(name=name, nbytes=10**6) for name in "abc")
     requests = tuple(Arrival(0.0, name, 4, 1) for name in "abc")
