@@ -221,16 +221,17 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = x Wᵀ (+ bias) + the adapters' outputs. WIDTH: columns of x; WIDTHS: of y, by member."""
+    """y = x Wᵀ (+ bias) + the adapters' outputs. WIDTH: columns of x; WIDTHS: of y, by member. Programs are launched in
+    this order: those of h, of h B, of x Wᵀ; with LAST those of h B come last."""
     program, shrinks = tl.program_id(0), num_tiles * SPLITS
     row_blocks = tl.cdiv(num_rows, ROWS)
+    expands, num_parts = NUM_WIDE * row_blocks, PARTS + row_blocks
     if LAST:
-        products = tl.num_programs(0) - shrinks - NUM_WIDE * row_blocks
+        products = tl.num_programs(0) - shrinks - expands
         if program >= shrinks + products:
             program -= products
         elif program >= shrinks:
-            program += NUM_WIDE * row_blocks
-    expands, num_parts = NUM_WIDE * row_blocks, PARTS + row_blocks
+            program += expands
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -333,4 +334,5 @@ def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size:
     part = triton.cdiv(triton.cdiv(width, parts), block_k) * block_k
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PARTS": parts, "PART": part}
     expand = {"WIDE": 2, "ROWS": 4, "BLOCK_R": 8} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
+    # Where W's programs fill the card by themselves, those of h B would only keep some of them waiting.
     return sizes | expand | {"LAST": parts == 1, "STAGES": 3, "num_warps": 4}
