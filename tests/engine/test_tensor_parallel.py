@@ -167,17 +167,19 @@ def test_a_killed_rank_ends_the_engine(llama: World, busy: bool, request: pytest
 
 
 HANGS = """
-import os, sys, time
+import os, subprocess, sys, time
 from multigraft import Engine
-from multigraft.engine import parts, ranks
+from multigraft.engine import ranks
 
-def hang(config, progress, ranks):
-    os.kill(ranks._processes[1].pid, 9)
+def other(*args):
+    return subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE)
+
+def hang(self, what, size):
+    os.kill(self._processes[1].pid, 9)
     time.sleep(60)
 
-if __name__ == "__main__":
-    ranks.HANG_SECONDS, parts._build_lead = 0.5, hang
-    Engine(sys.argv[1], tensor_parallel_size=2, device="cpu")
+ranks.HANG_SECONDS, ranks._spawn, ranks.Ranks._wait_for = 0.5, other, hang
+Engine(sys.argv[1], tensor_parallel_size=2, device="cpu")
 """
 
 
