@@ -117,7 +117,7 @@ class CudaGrafts:
                 yield partial(kernels.forward, y, x, bank.arena, w, site.out_features)
                 if site.is_gate:
                     yield partial(kernels.gated, y, kernels.unwritten(x, w), bank.arena, w, w.tiles)
-            for rows in (4, most // 2, most) if site.kind is SiteKind.LINEAR else ():
+            for rows in (4, most // 4, most // 2, most) if site.kind is SiteKind.LINEAR else ():
                 if self._linear.fits(rows, max_rank):
                     w = work(max_rank, few, max_tiles(rows, bank.max_slots, few))
                     yield partial(self._base_and_adapters, site, w, x[:rows])
