@@ -58,7 +58,7 @@ class _Pages(mmap.mmap):
 
     def unlock(self) -> None:
         if self.device.type == "cuda":
-            with _driver:
+            with _driver, torch.cuda.device(self.device):
                 torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(self, dtype=torch.uint8).data_ptr())
             self.device = torch.device("cpu")
 
@@ -104,7 +104,7 @@ class _Pool:
         self._is_open = False
         self._calls.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(5)  # unlocking waits for the device, which may be lost
 
     def _settle(self) -> None:
         while self._returned:

@@ -239,7 +239,10 @@ class EngineCore:
             with self._posting:
                 self._ended = True
             while self._inbox:  # what was posted is begun, so that it ends like the rest
-                self._inbox.popleft()()
+                try:
+                    self._inbox.popleft()()
+                except Exception:  # of a device or a rank that is lost; whoever waits is told so below
+                    log.exception("What was posted last failed")
             self.trainer.stop_all()
             for submission in list(self._live.values()):
                 self._end(submission, FinishReason.ABORT, error=reason)

@@ -51,12 +51,12 @@ class Neighbours:
         clock: Callable[[], float] = time.monotonic,
         set_threads: Callable[[int], None] = torch.set_num_threads,
         threads: int | None = None,
-        cores: int | None = None,
+        cores: Callable[[], Collection[int]] = my_cores,
     ):
-        """others: as others_seconds. threads: without neighbours. cores: that this process may use."""
+        """others: as others_seconds. threads: without neighbours. cores: as my_cores."""
         self._others, self._clock, self._set_threads = others, clock, set_threads
         self._most = self._now = threads or torch.get_num_threads()
-        self._cores = cores or len(my_cores())
+        self._find_cores, self._cores = cores, cores()
         self._looked, self._taken = clock(), self._others()
 
     def look(self) -> None:
@@ -64,10 +64,13 @@ class Neighbours:
         now = self._clock()
         if self._most == 1 or now - self._looked < PERIOD_S:
             return
-        taken = self._others()
+        taken, cores = self._others(), self._find_cores()
         busy = (taken - self._taken) / (now - self._looked)
         self._looked, self._taken = now, taken
-        left = self._cores - math.floor(max(0.0, busy) + 1 - ENOUGH)
+        if cores != self._cores:  # of others than last time, nothing can be said yet
+            self._cores = cores
+            return
+        left = max(len(cores), self._most) - math.floor(max(0.0, busy) + 1 - ENOUGH)
         wanted = max(1, min(self._most, left))
         if wanted != self._now:
             log.info("Other processes take %.1f cores: computing with %d of %d threads.", busy, wanted, self._most)

@@ -142,7 +142,7 @@ def _build_lead(config: EngineConfig, progress: Callable[[str], None], ranks: Ra
         capacity_bytes=bank.capacity_bytes,
         base_parameter=None if ranks else lambda path: _attribute(loaded.model, path),
         other_ranks=[_rank_sites(config, loaded, sites, i) for i in range(1, group.size)] if group else (),
-        device=loaded.device,
+        device=bank.arena.device,
     )
     for text in config.adapters.lora_modules:
         module = parse_lora_module(text)

@@ -46,8 +46,8 @@ FOREVER = timedelta(days=365)
 JOIN_SECONDS = 120
 """For the other ranks' processes to start and connect."""
 HANG_SECONDS = 20
-"""For this rank to notice that another has ended. A call that waits for the lost one may never return, so then its
-process ends, too."""
+"""For this rank to end its part after another has ended. A call that waits for the lost one may never return, so then
+its process ends, too."""
 
 
 class Ranks:
@@ -59,22 +59,33 @@ class Ranks:
         self._lost: RankLost | None = None
         self._lost_event = threading.Event()
         self._closing = False
-        self._noticed = threading.Event()
+        self._ended = threading.Event()
         self._in_step = True
         """Whether the other ranks wait for the next message, as far as this one knows."""
         self._told_of_loss: Callable[[RankLost], None] | None = None
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        if torchrun_rank() is not None:
-            self.store = meet_torchrun(size)
-        else:
-            self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-            for rank in range(1, size):
-                self._processes[rank] = _spawn(config, rank, self.store.port)
-                threading.Thread(target=self._watch, args=(rank,), name=f"rank-{rank}-watch", daemon=True).start()
-        self._wait_for("joined", size)
-        self._transfers = join(self.store, 0, config)
+        try:
+            if torchrun_rank() is not None:
+                self.store = meet_torchrun(size)
+            else:
+                if uses_cuda(config):
+                    _check_devices(size, size)
+                self._spawn_all(config, size)
+            self._wait_for("joined", size)
+            self._transfers = join(self.store, 0, config)
+        except BaseException:
+            self._closing = True
+            self._end_processes(wait=0.1)
+            self._ended.set()
+            raise
         self.group = Group()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="adapter-sender")
+
+    def _spawn_all(self, config: EngineConfig, size: int) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        for rank in range(1, size):
+            self._processes[rank] = _spawn(config, rank, self.store.port)
+            threading.Thread(target=self._watch, args=(rank,), name=f"rank-{rank}-watch", daemon=True).start()
 
     def _wait_for(self, what: str, size: int) -> None:
         """Until every other rank has set the key; the error of one that failed meanwhile is raised here."""
@@ -143,7 +154,7 @@ class Ranks:
         if self._told_of_loss is not None:
             self._told_of_loss(self._lost)
         threading.Thread(target=_abort_collectives, name="abort", daemon=True).start()  # it may wait, too
-        if not self._noticed.wait(HANG_SECONDS):
+        if not self._ended.wait(HANG_SECONDS):
             log.critical("This rank waits for it still, after %.0f s: its process ends.", HANG_SECONDS)
             os._exit(1)
 
@@ -169,7 +180,6 @@ class Ranks:
         The engine ends: as the others may wait in any collective, `close` tells them nothing.
         """
         self._in_step = False
-        self._noticed.set()
         if not isinstance(error, RankLost):
             self._lost_event.wait(2.0 if self._processes else 0.0)
         return self._lost or error
@@ -179,7 +189,6 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
-        self._noticed.set()
         listening = self.listening
         if listening:
             with contextlib.suppress(RuntimeError):  # they may have ended by themselves
@@ -187,16 +196,21 @@ class Ranks:
                 for rank in range(1, self.group.size):
                     self._sender.submit(send_part, None, 0, rank, self._transfers)
         self._sender.shutdown(wait=False)
-        deadline = time.monotonic() + 5
+        self._end_processes(wait=5.0 if listening else 0.1)
+        dist.destroy_process_group()
+        self._ended.set()
+
+    def _end_processes(self, wait: float) -> None:
+        """Kill those that do not end by themselves within so many seconds, or a tenth of one each."""
+        deadline = time.monotonic() + wait
         for process in self._processes.values():
             try:
-                process.wait(max(0.1, deadline - time.monotonic()) if listening else 0.1)
+                process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             assert process.stdin is not None
             process.stdin.close()
-        dist.destroy_process_group()
 
 
 class LeadBank(Bank):
@@ -207,12 +221,16 @@ class LeadBank(Bank):
         self._ranks = ranks
 
     def load(self, slot: int, packed: PackedAdapter) -> Load:
-        self._ranks.tell(np.array([wire.LOAD, slot], dtype=np.int32))
+        self._tell(wire.LOAD, slot)
         return super().load(slot, packed)
 
     def unload(self, slot: int) -> None:
-        self._ranks.tell(np.array([wire.UNLOAD, slot], dtype=np.int32))
+        self._tell(wire.UNLOAD, slot)
         super().unload(slot)
+
+    def _tell(self, kind: int, slot: int) -> None:
+        if self._ranks.listening:  # an engine that has lost a rank empties its slots, too
+            self._ranks.tell(np.array([kind, slot], dtype=np.int32))
 
 
 def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGroup:
@@ -221,11 +239,7 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
     size = config.parallel.tensor_parallel_size
     if on_cuda:
         local = int(os.environ.get("LOCAL_RANK", rank))
-        if local >= torch.cuda.device_count():
-            raise ModelNotSupported(
-                f"tensor_parallel_size is {size}, but PyTorch finds {torch.cuda.device_count()} CUDA devices.",
-                param="tensor_parallel_size",
-            )
+        _check_devices(local + 1, size)
         torch.cuda.set_device(local)
     else:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(my_cores()) // size)))
@@ -237,6 +251,14 @@ def join(store: dist.Store, rank: int, config: EngineConfig) -> dist.ProcessGrou
         dist.all_reduce(torch.zeros(1, device="cuda"))
         torch.cuda.synchronize()
     return dist.new_group(backend="gloo", timeout=FOREVER)
+
+
+def _check_devices(needed: int, size: int) -> None:
+    if needed > torch.cuda.device_count():
+        raise ModelNotSupported(
+            f"tensor_parallel_size is {size}, but PyTorch finds {torch.cuda.device_count()} CUDA devices.",
+            param="tensor_parallel_size",
+        )
 
 
 def uses_cuda(config: EngineConfig) -> bool:

@@ -66,7 +66,7 @@ def _follow(parts: RankParts, group: Group, transfers: dist.ProcessGroup, traini
 
     def receive() -> None:
         try:
-            while part := receive_part(loaded.dtype, loaded.device, transfers):
+            while part := receive_part(loaded.dtype, parts.bank.arena.device, transfers):
                 arrived.put(part)
         except RuntimeError as e:  # a broken connection; handed to the thread that waits for an adapter
             arrived.put(e)

@@ -325,7 +325,7 @@ def linear(
 
 
 def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size: int) -> dict[str, int]:
-    """Block sizes with which a processor has room for four programs, by their registers and shared memory."""
+    """Block sizes with which a processor has room for three or four programs, by their registers and shared memory."""
     block_m, block_n, block_k = 16 if num_rows <= 16 else 32, 64, 256 // element_size
     num_blocks = sum(_blocks(out_features, block_n))
     parts = 1

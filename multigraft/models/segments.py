@@ -89,19 +89,26 @@ class CudaGrafts:
         """Compile every kernel of the decoder layers, so that no request waits for it: steps that no graph covers take
         other ones than the graphs of some sizes. Side by side, as each keeps a core busy for seconds."""
         body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
-        calls = [
-            call for site in {(s.in_features, s.out_features): s for s in body}.values() for call in self._calls(site)
-        ]
+        body.sort(key=lambda s: s.kind is SiteKind.LINEAR)  # those have more kernels than others of their shape
+        done = []
         with ThreadPoolExecutor() as threads:
-            list(threads.map(self._on_device, calls))
+            for site in {(s.in_features, s.out_features): s for s in body}.values():
+                tasks: dict[object, list[Callable[[], object]]] = {}
+                for key, call in self._calls(site):
+                    tasks.setdefault(key, []).append(call)
+                done += [threads.submit(self._on_device, calls) for calls in tasks.values()]
+        for task in done:
+            task.result()
 
-    def _on_device(self, call: Callable[[], object]) -> None:
+    def _on_device(self, calls: Iterable[Callable[[], object]]) -> None:
         device = self.bank.arena.device  # with its index, which each thread has to be told
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            call()
+            for call in calls:
+                call()
 
-    def _calls(self, site: Site) -> Iterator[Callable[[], object]]:
-        """One of each kernel of the site, for no adapter."""
+    def _calls(self, site: Site) -> Iterator[tuple[object, Callable[[], object]]]:
+        """One of each kernel of the site, for no adapter. Those with the same key may take the same kernel: Triton 3.6
+        lets a second thread have one that the first has not loaded yet."""
         bank, kernels, most = self.bank, self._kernels, self._linear.MAX_ROWS
         x = bank.arena.new_zeros(most, site.in_features)
         y = bank.arena.new_zeros(most, sum(site.out_features))
@@ -114,13 +121,15 @@ class CudaGrafts:
             few = decode_rows(max_rank)
             for block_m, num_tiles in ((few, 1), (few, kernels.MANY_TILES), (PREFILL_ROWS, 1)):
                 w = work(max_rank, block_m, num_tiles)
-                yield partial(kernels.forward, y, x, bank.arena, w, site.out_features)
+                yield block_m, partial(kernels.forward, y, x, bank.arena, w, site.out_features)
                 if site.is_gate:
-                    yield partial(kernels.gated, y, kernels.unwritten(x, w), bank.arena, w, w.tiles)
+                    h = kernels.unwritten(x, w)
+                    yield ("gated", block_m), partial(kernels.gated, y, h, bank.arena, w, w.tiles)
             for rows in (4, most // 4, most // 2, most) if site.kind is SiteKind.LINEAR else ():
                 if self._linear.fits(rows, max_rank):
                     w = work(max_rank, few, max_tiles(rows, bank.max_slots, few))
-                    yield partial(self._base_and_adapters, site, w, x[:rows])
+                    key = "linear", rows > 4, rows > most // 2
+                    yield key, partial(self._base_and_adapters, site, w, x[:rows])
 
     def begin_fixed(self, tiles: torch.Tensor, num_rows: int, block_m: int, kind: StepKind) -> None:
         """Prepare the capture of a step of `num_rows` rows whose kernels read `tiles` (n, 3) on the device.

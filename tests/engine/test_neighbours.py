@@ -19,7 +19,8 @@ class Machine:
     def __init__(self, threads: int, cores: int | None = None):
         self.now = self.taken = 0.0
         self.set: list[int] = []
-        self.neighbours = Neighbours(lambda: self.taken, lambda: self.now, self.set.append, threads, cores or threads)
+        self.cores = set(range(cores or threads))
+        self.neighbours = Neighbours(lambda: self.taken, lambda: self.now, self.set.append, threads, lambda: self.cores)
 
     def run(self, seconds: float, cores: float) -> None:
         self.now += seconds
@@ -39,6 +40,15 @@ def test_cores_without_a_thread_are_left_to_others():
     for cores in (4.3, 5.0, 4.0):
         machine.run(PERIOD_S, cores)
     assert machine.set == [3, 4]
+
+
+def test_other_cores_than_before_tell_nothing_yet():
+    machine = Machine(threads=4, cores=4)
+    machine.cores = {4, 5, 6, 7}
+    machine.run(PERIOD_S, 99.0)  # what those had been taken before
+    assert machine.set == []
+    machine.run(PERIOD_S, 1.0)
+    assert machine.set == [3]
 
 
 def test_it_looks_once_a_period():

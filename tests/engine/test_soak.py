@@ -143,3 +143,33 @@ async def soak(folder: Path) -> None:
 
 def test_soak(folder: Path) -> None:
     asyncio.run(soak(folder))
+
+
+async def last_words(folder: Path) -> None:
+    engine = await AsyncEngine.start(
+        make_config(str(folder / "model"), device="cpu", max_num_seqs=4, kv_cache_gib=0.05)
+    )
+
+    def fail() -> None:
+        raise RuntimeError("the device is lost")
+
+    def die() -> None:
+        engine._core.post(fail)  # what is posted after the end fails, too
+        fail()
+
+    async def ask() -> str:
+        sampling = SamplingParams(max_tokens=400, ignore_eos=True)
+        outputs = [output async for output in engine.generate([5, 6, 7], sampling)]
+        return str(outputs[-1].finish_reason)
+
+    asked = [asyncio.ensure_future(ask()) for _ in range(6)]
+    await asyncio.sleep(0.2)
+    engine._core.post(die)
+    answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+    assert all(isinstance(answer, MultigraftError) for answer in answers), answers
+    assert not engine.healthy
+    await engine.shutdown(5.0)
+
+
+def test_an_engine_that_dies_tells_all_who_wait(folder: Path) -> None:
+    asyncio.run(last_words(folder))

@@ -16,6 +16,7 @@ import pytest
 
 from multigraft import Engine, SamplingParams
 from multigraft.core.errors import MultigraftError, RankLost
+from multigraft.engine import ranks
 from tests.engine.lent_ranks import lent_ranks, own_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, Case, write_adapter
 from tests.engine.reft_cases import METHODS, write_reft
@@ -164,6 +165,23 @@ def test_a_killed_rank_ends_the_engine(llama: World, busy: bool, request: pytest
         assert not engine._engine.healthy
         with pytest.raises(RankLost):
             engine.generate([[5, 6, 7]], sampling)[0].text  # noqa: B018
+
+
+def test_a_rank_that_ends_at_once(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error for the caller, whose process goes on."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def spawn(config: object, rank: int, port: int) -> subprocess.Popen[bytes]:
+        command = ["sleep", "60"] if rank == 1 else ["false"]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+        return started[-1]
+
+    monkeypatch.setattr(ranks, "_spawn", spawn)
+    monkeypatch.setattr(ranks, "HANG_SECONDS", 0.2)
+    with pytest.raises(RankLost, match=r"rank [23] ended with status 1"):
+        Engine(str(llama.checkpoint), tensor_parallel_size=4, device="cpu")
+    assert all(process.poll() is not None for process in started)
+    time.sleep(0.5)  # longer than an engine may take to notice
 
 
 HANGS = """
