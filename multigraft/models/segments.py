@@ -90,15 +90,16 @@ class CudaGrafts:
         other ones than the graphs of some sizes. Side by side, as each keeps a core busy for seconds."""
         body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
         body.sort(key=lambda s: s.kind is SiteKind.LINEAR)  # those have more kernels than others of their shape
-        done = []
+        begun = []
         with ThreadPoolExecutor() as threads:
             for site in {(s.in_features, s.out_features): s for s in body}.values():
                 tasks: dict[object, list[Callable[[], object]]] = {}
                 for key, call in self._calls(site):
                     tasks.setdefault(key, []).append(call)
-                done += [threads.submit(self._on_device, calls) for calls in tasks.values()]
-        for task in done:
-            task.result()
+                begun += [(threads.submit(self._on_device, calls), calls) for calls in tasks.values()]
+        for task, calls in begun:
+            if task.exception() is not None:  # Triton promises nothing of threads: by itself it may be right
+                self._on_device(calls)
 
     def _on_device(self, calls: Iterable[Callable[[], object]]) -> None:
         device = self.bank.arena.device  # with its index, which each thread has to be told

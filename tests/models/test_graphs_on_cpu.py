@@ -7,6 +7,7 @@ pages. What nobody wrote is NaN, in pages and in new tensors.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ from tests.tiny import VOCAB, tiny_model
 
 pytest.importorskip("triton")  # which does not run, but CudaGrafts imports it
 
-from multigraft.kernels import linear_triton
+from multigraft.kernels import linear_triton, lora_triton
 from tests.models import fake_cuda
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 2, 1, 16
@@ -305,6 +306,23 @@ def test_a_slot_gets_another_adapter(engine: Engine) -> None:
     assert engine.step(*third, late=True) is None
     assert engine.step(third[1], engine.request(5)) is engine.mixed
     assert engine.step(third[1], second[0]) is engine.decode
+
+
+def test_a_kernel_that_no_other_thread_can_compile(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[threading.Thread] = []
+
+    def forward(*args: object) -> None:
+        ran.append(threading.current_thread())
+        if threading.current_thread() is not threading.main_thread() or fails:
+            raise ValueError("not here")
+
+    fails = False
+    monkeypatch.setattr(lora_triton, "forward", forward)
+    engine.plain.grafts.warm_up()
+    assert len(set(ran)) > 1 and threading.main_thread() in ran
+    fails = True
+    with pytest.raises(ValueError, match="not here"):
+        engine.plain.grafts.warm_up()
 
 
 def _double(module: torch.nn.Module, args: object, y: torch.Tensor) -> None:
