@@ -202,6 +202,12 @@ def until_cut() -> Iterator[None]:
         print("Cut off; what was measured until now:", flush=True)
 
 
+def saved_rows(name: str, lines: int) -> list[dict[str, Any]]:
+    """Those of the last so many lines of results/NAME.jsonl."""
+    last = (RESULTS / f"{name}.jsonl").read_text().splitlines()[-lines:]
+    return [row for line in last for row in json.loads(line)["rows"]]
+
+
 def finish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], *, save: bool) -> None:
     """Print the one JSON line that ends a benchmark; with save, append it to results/NAME.jsonl (or to $OUT)."""
     record = {

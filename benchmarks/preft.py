@@ -37,7 +37,16 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, RESULTS, finish, one_round, until_cut, write_adapter, write_direft
+from benchmarks.common import (
+    LLAMA_8B,
+    RESULTS,
+    finish,
+    one_round,
+    saved_rows,
+    until_cut,
+    write_adapter,
+    write_direft,
+)
 from multigraft import AsyncEngine, Scope
 from multigraft.core.batch import Batch
 from multigraft.engine.offline import make_config
@@ -239,8 +248,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.join:
-        lines = (RESULTS / "preft.jsonl").read_text().splitlines()[-args.join :]
-        rows = joined([row for line in lines for row in json.loads(line)["rows"]])
+        rows = joined(saved_rows("preft", args.join))
         show(rows)
         plot(rows, sorted({r["adapters"] for r in rows} - {0}), args.plot)
         return

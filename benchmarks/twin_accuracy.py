@@ -44,7 +44,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import LLAMA_8B, RESULTS, SMOLLM2_135M, finish, until_cut
+from benchmarks.common import LLAMA_8B, SMOLLM2_135M, finish, saved_rows, until_cut
 from multigraft.calibration.calibrate import calibrate, write_adapter
 from multigraft.calibration.drive import Drive, sized
 from multigraft.calibration.points import PointRunner
@@ -220,8 +220,7 @@ def main() -> None:
     if (args.model is None) == (args.join is None):
         parser.error("a model, or --join")
     if args.join:
-        lines = map(json.loads, (RESULTS / "twin_accuracy.jsonl").read_text().splitlines()[-args.join :])
-        rows = [row for line in lines for row in line["rows"]]
+        rows = saved_rows("twin_accuracy", args.join)
         show(rows)
         print(json.dumps(summary(rows)))
         return

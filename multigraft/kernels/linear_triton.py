@@ -26,10 +26,10 @@ from multigraft.kernels.lora_triton import (
     ALIGN,
     Work,
     _blocks,
-    _c_offset,
     _factor,
     _locate,
     _overlap,
+    _shrink_tile,
     _sum_splits,
     _workspace,
 )
@@ -46,11 +46,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _publish(counter):
-    """Count one more program whose stores are done; returns how many there were before."""
+def _publish(counter, mask=None):
+    """Count one more program whose stores are done; returns how many there were before. Of several counters at once,
+    where mask says so."""
     if not INTERPRETED:
-        tl.debug_barrier()  # all threads' stores come before the one thread that counts
-    return tl.atomic_add(counter, 1, sem="acq_rel")
+        tl.debug_barrier()  # all threads' stores come before the threads that count
+    return tl.atomic_add(counter, 1, mask=mask, sem="acq_rel")
 
 
 @triton.jit
@@ -59,31 +60,18 @@ def _shrink(
     WIDTH: tl.constexpr, MEMBERS: tl.constexpr, CHUNK: tl.constexpr, TILE_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h[split, the tile's rows] = x[rows, columns of the split] Aᵀ, of all members; split 0 adds c."""
+    """h[split, the tile's rows], of all members and ranks."""
     slot = tl.load(tile + 2)
     if slot >= 0:
         first_row, rows = tl.load(tile), tl.load(tile + 1)
-        w, rank, _, _ = _factor(arena, table, scales, table_stride, scales_stride, slot, 0, MEMBERS, "a")
-        c = _c_offset(table, table_stride, slot)
+        w, rank, _, scale = _factor(arena, table, scales, table_stride, scales_stride, slot, 0, MEMBERS, "a")
         x += first_row * x_stride
         h += split * split_stride + first_row * h_stride
-        stop = tl.minimum((split + 1) * CHUNK, WIDTH)
-        offs_m = tl.arange(0, TILE_M)
-        in_m = (offs_m < rows)[:, None]
         for r_start in range(0, rank, BLOCK_R):
-            offs_r = r_start + tl.arange(0, BLOCK_R)
-            in_r = offs_r < rank
-            acc = tl.zeros((TILE_M, BLOCK_R), tl.float32)
-            for k in tl.range(split * CHUNK, stop, BLOCK_K, num_stages=STAGES):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                in_k = offs_k < stop
-                x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=in_m & in_k[None, :], other=0.0)
-                mask = in_k[:, None] & in_r[None, :]
-                w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * WIDTH, mask=mask, other=0.0)
-                acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
-            if (c >= 0) & (split == 0):
-                acc += tl.load(arena + c + offs_r, mask=in_r, other=0.0).to(tl.float32)[None, :]
-            tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], acc, mask=in_m & in_r[None, :])
+            _shrink_tile(
+                h, x, w, arena, table, table_stride, slot, scale, split, r_start, rank, rows, WIDTH, h_stride, x_stride,
+                "a", CHUNK, TILE_M, BLOCK_R, BLOCK_K, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -196,11 +184,9 @@ def _expand(
     own += offs_w % BLOCK_N
     mask = (offs_m < num_rows)[:, None] & (first_block + offs_w // BLOCK_N < num_blocks)[None, :]
     tl.store(own[None, :] + offs_m[:, None] * BLOCK_N, scale[:, None] * delta, mask=mask)
-    if not INTERPRETED:
-        tl.debug_barrier()
     offs_b = tl.arange(0, WIDE)
     counter = counters + 2 + before + first_block
-    ended = tl.atomic_add(counter + offs_b, 1, mask=first_block + offs_b < num_blocks, sem="acq_rel")
+    ended = _publish(counter + offs_b, first_block + offs_b < num_blocks)
     for i in range(WIDE):
         if (first_block + i < num_blocks) & (tl.sum(tl.where(offs_b == i, ended, 0)) == num_parts - 1):
             offs_i = (first_block + i) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -126,6 +126,33 @@ def _sum_splits(h, mask, split_stride, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _shrink_tile(
+    h, x, w, arena, table, table_stride, slot, scale, split, r_start, rank, rows, width, h_stride, x_stride,
+    SIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R columns of a tile's h, from the columns of x in the split. STAGES: None leaves it to the launch."""
+    k_start = split * CHUNK
+    k_stop = tl.minimum(k_start + CHUNK, width)
+    offs_m, offs_r = tl.arange(0, BLOCK_M), r_start + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        in_k = offs_k < k_stop
+        mask = (offs_m < rows)[:, None] & in_k[None, :]
+        x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
+        mask = in_k[:, None] & (offs_r < rank)[None, :]
+        w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
+        acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
+    if SIDE == "a":
+        c = _c_offset(table, table_stride, slot)
+        if (c >= 0) & (split == 0):
+            acc += tl.load(arena + c + offs_r, mask=offs_r < rank, other=0.0).to(tl.float32)[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
+    tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
+
+
+@triton.jit
 def _shrink_kernel(
     h, x, arena, table, scales, tiles, table_stride, scales_stride, split_stride, h_stride, x_stride,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, MEMBERS: tl.constexpr, SIDE: tl.constexpr,
@@ -150,24 +177,10 @@ def _shrink_kernel(
         return
     x += first_row * x_stride + left
     h += split.to(tl.int64) * split_stride + first_row * h_stride + first
-    k_start = split * CHUNK
-    k_stop = tl.minimum(k_start + CHUNK, width)
-    offs_m, offs_r = tl.arange(0, BLOCK_M), r_start + tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(k_start, k_stop, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        in_k = offs_k < k_stop
-        mask = (offs_m < rows)[:, None] & in_k[None, :]
-        x_mk = tl.load(x + offs_m[:, None] * x_stride + offs_k[None, :], mask=mask, other=0.0)
-        mask = in_k[:, None] & (offs_r < rank)[None, :]
-        w_kr = tl.load(w + offs_k[:, None] + offs_r[None, :] * width, mask=mask, other=0.0)
-        acc = tl.dot(x_mk, w_kr.to(x_mk.dtype), acc, input_precision="ieee")
-    if SIDE == "a":
-        c = _c_offset(table, table_stride, slot)
-        if (c >= 0) & (split == 0):
-            acc += tl.load(arena + c + offs_r, mask=offs_r < rank, other=0.0).to(tl.float32)[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_r < rank)[None, :]
-    tl.store(h + offs_m[:, None] * h_stride + offs_r[None, :], scale * acc, mask=mask)
+    _shrink_tile(
+        h, x, w, arena, table, table_stride, slot, scale, split, r_start, rank, rows, width, h_stride, x_stride,
+        SIDE, CHUNK, BLOCK_M, BLOCK_R, BLOCK_K, None,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -139,8 +139,8 @@ class CudaGrafts:
         The tiles are to be those of all rows (kernels.tiles.BASE).
         """
         self.active = bool(kind.sites)
-        self.few = SiteKind.LINEAR in kind.sites and block_m != PREFILL_ROWS
-        self.few &= self._linear.fits(num_rows, kind.max_rank)
+        decodes = block_m != PREFILL_ROWS
+        self.few = decodes and SiteKind.LINEAR in kind.sites and self._linear.fits(num_rows, kind.max_rank)
         self._body, self._head = _Tiles(tiles, block_m, kind.max_rank, [], len(tiles)), None
         self._fixed = kind.sites
 
