@@ -46,6 +46,7 @@ from rich.table import Table
 from benchmarks.common import LLAMA_8B, LLAMA_70B, finish, linear_shapes, write_adapter
 from multigraft import Engine, SamplingParams
 from multigraft.adapters.block_diagonal import BD_A
+from multigraft.core.batch import Batch, Phase
 from multigraft.core.config import TrainingConfig
 from multigraft.engine.offline import make_config
 from multigraft.models.parallel import Group
@@ -53,8 +54,8 @@ from multigraft.models.parallel import Group
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
 MODELS = {"8b": LLAMA_8B, "70b": LLAMA_70B, "tiny": LLAMA_8B | TINY | {"head_dim": 16, "vocab_size": 512}}
 PROMPT, SHORT, LONG = 32, 8, 72
-"""Tokens of a prompt, and of the outputs of the two runs whose difference is LONG - SHORT decode steps. A run of a
-single one is the prompts' time."""
+"""Tokens of a prompt, and of the outputs of the two runs whose difference is LONG - SHORT decode steps."""
+REPEATS = 3
 PLACEMENTS = ("base", "block-diagonal", "replicated", "s-lora")
 COLLECTIVE_BYTES = tuple(2**k for k in range(8, 28))
 CALLS = 20
@@ -83,31 +84,51 @@ def base_bytes(config: Any) -> int:
 
 
 def run(engine: Engine, names: list[str | None], vocab: int) -> dict[str, Any]:
-    """Throughput of one batch, the times of its prompts (all in one step) and of a decode step, and what the latter
-    exchanges."""
+    """Throughput of one batch, median times of its prompts and of a decode step, and what the latter exchanges."""
     rng = np.random.default_rng(0)
-    seconds = {1: [], SHORT: [], LONG: []}
-    exchanged = {}
-    for repeat in range(3):  # the first loads the adapters
-        for length in seconds:
-            prompts = rng.integers(10, vocab, (len(names), PROMPT)).tolist()
+    walls, prompts, decodes, exchanged = [], [], [], {}
+    for repeat in range(REPEATS + 1):  # the first loads the adapters
+        for length in (SHORT, LONG):
+            ids = rng.integers(10, vocab, (len(names), PROMPT)).tolist()
             sampling = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True)
             before = engine.stats()
+            engine._engine._core.observer = turns = Turns()
             start = time.perf_counter()
-            results = engine.generate(prompts, sampling, names)
-            if repeat:
-                seconds[length].append(time.perf_counter() - start)
+            results = engine.generate(ids, sampling, names)
+            wall = time.perf_counter() - start
             assert all(r.error is None for r in results), next(r.error for r in results if r.error)
             exchanged[length] = moved(before, engine.stats())
-    first, short, long = (min(times) for times in seconds.values())
+            if repeat:
+                walls += [wall] if length == LONG else []
+                prompts.append(sum(turns.prompts))
+                decodes += turns.decodes.get(len(names), [])
     calls, nbytes = ((a - b) / (LONG - SHORT) for a, b in zip(exchanged[LONG], exchanged[SHORT], strict=True))
     return {
-        "tok_s": len(names) * LONG / long,
-        "prompts_ms": 1e3 * first,
-        "step_ms": 1e3 * (long - short) / (LONG - SHORT),
+        "tok_s": len(names) * LONG / min(walls),
+        "prompts_ms": 1e3 * float(np.median(prompts)),
+        "step_ms": 1e3 * float(np.median(decodes)),
         "collectives_step": calls,
         "mb_step": nbytes / 1e6,
     }
+
+
+class Turns:
+    """Engine's observer: the seconds of its turns, each with the spans of the step whose results it took in. Where the
+    GPU is what is waited for, turns take what steps take."""
+
+    def __init__(self) -> None:
+        self.prompts: list[float] = []
+        self.decodes: dict[int, list[float]] = {}
+        """By the number of rows."""
+
+    def scheduled(self, batch: Batch) -> None:
+        pass
+
+    def ran(self, batch: Batch, seconds: float) -> None:
+        if any(span.phase is Phase.PREFILL for span in batch.spans):
+            self.prompts.append(seconds)
+        else:
+            self.decodes.setdefault(len(batch.spans), []).append(seconds)
 
 
 def moved(before: Any, after: Any) -> tuple[int, int]:

@@ -211,6 +211,9 @@ def build_rank(
     runner = Runner(model, backend, grafts, loaded.device)
     if on_graphs:
         started = time.monotonic()
+        grafts.warm_up(*((group.rank, group.size) if group else ()))
+        progress(f"Adapters' kernels compiled in {time.monotonic() - started:.0f} s")
+        started = time.monotonic()
         sizes = {"max_len": loaded.max_model_len, "vocab_size": loaded.vocab_size}
         num_seqs, num_tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
         made = model, backend, grafts

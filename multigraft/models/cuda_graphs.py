@@ -73,7 +73,6 @@ class DecodeGraphs:
         self._logits = torch.empty(self.sizes[-1], vocab_size, dtype=dtype, device=attention.kv.k.device)
         self._late_tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=attention.kv.k.device)
         self._captured = Captured(kinds_of(grafts.rank_bounds, *CAPTURED), group)
-        grafts.warm_up()
         self._capture_all()
 
     def covers(self, batch: Batch) -> bool:

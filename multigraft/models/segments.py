@@ -85,19 +85,23 @@ class CudaGrafts:
         most, bounds = max(map(self.bank.max_rank, slots), default=0), self.rank_bounds
         return bounds[0] if most <= bounds[0] else bounds[-1]
 
-    def warm_up(self) -> None:
+    def warm_up(self, rank: int = 0, num_ranks: int = 1) -> None:
         """Compile every kernel of the decoder layers, so that no request waits for it: steps that no graph covers take
-        other ones than the graphs of some sizes. Side by side, as each keeps a core busy for seconds."""
+        other ones than the graphs of some sizes. Side by side, as each keeps a core busy for seconds; and each of
+        num_ranks begins with others, since it finds those that another one has compiled on the disk."""
         body = [s for s in self.sites if s.kind is not SiteKind.EMBEDDING and s.index not in self.head_sites]
         body.sort(key=lambda s: s.kind is SiteKind.LINEAR)  # those have more kernels than others of their shape
-        begun = []
+        groups: list[list[Callable[[], object]]] = []
+        for site in {(s.in_features, s.out_features): s for s in body}.values():
+            of_site: dict[object, list[Callable[[], object]]] = {}
+            for key, call in self._calls(site):
+                of_site.setdefault(key, []).append(call)
+            groups += of_site.values()
+        own = len(groups) * rank // num_ranks
+        groups = groups[own:] + groups[:own]
         with ThreadPoolExecutor() as threads:
-            for site in {(s.in_features, s.out_features): s for s in body}.values():
-                tasks: dict[object, list[Callable[[], object]]] = {}
-                for key, call in self._calls(site):
-                    tasks.setdefault(key, []).append(call)
-                begun += [(threads.submit(self._on_device, calls), calls) for calls in tasks.values()]
-        for task, calls in begun:
+            tasks = [threads.submit(self._on_device, calls) for calls in groups]
+        for task, calls in zip(tasks, groups, strict=True):
             if task.exception() is not None:  # Triton promises nothing of threads: by itself it may be right
                 self._on_device(calls)
 
