@@ -78,10 +78,14 @@ def _shrink(
 def _product(
     x, w, num_rows, x_stride, k_start, k_stop, offs_m, offs_n, in_n,
     WIDTH: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """x[:, k_start : k_stop] W[offs_n, k_start : k_stop]ᵀ, float32 (BLOCK_M, BLOCK_N). EVEN: nothing of W is beyond."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    """x[:, k_start : k_stop] W[offs_n, k_start : k_stop]ᵀ, float32 (BLOCK_M, BLOCK_N). EVEN: nothing of W is beyond.
+    SWAP: as W xᵀ, whose 64 rows a group of four warps multiplies from shared memory."""
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     in_m = (offs_m < num_rows)[:, None]
     for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -94,7 +98,12 @@ def _product(
             in_k = (offs_k < k_stop)[None, :]
             x_mk = tl.load(x_ptr, mask=in_m & in_k, other=0.0)
             w_nk = tl.load(w_ptr, mask=in_n[:, None] & in_k, other=0.0)
-        acc = tl.dot(x_mk, w_nk.T, acc, input_precision="ieee")
+        if SWAP:
+            acc = tl.dot(w_nk, x_mk.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x_mk, w_nk.T, acc, input_precision="ieee")
+    if SWAP:
+        acc = acc.T
     return acc
 
 
@@ -205,7 +214,7 @@ def _linear_kernel(
     SHRINK_M: tl.constexpr, SHRINK_R: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, LAST: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = x Wᵀ (+ bias) + the adapters' outputs. WIDTH: columns of x; WIDTHS: of y, by member. Programs are launched in
     this order: those of h, of h B, of x Wᵀ; with LAST those of h B come last."""
@@ -246,7 +255,7 @@ def _linear_kernel(
         in_n = offs_n < width
         acc = _product(
             x, weight + left * WIDTH, num_rows, x_stride, part * PART, tl.minimum((part + 1) * PART, WIDTH),
-            offs_m, offs_n, in_n, WIDTH, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            offs_m, offs_n, in_n, WIDTH, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, SWAP,
         )  # fmt: skip
         own = partial + (column_block * (PARTS + 1) + part) * (BLOCK_M * BLOCK_N)
         own += offs_m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -312,13 +321,17 @@ def linear(
 
 def _sizes(num_rows: int, width: int, out_features: Sequence[int], element_size: int) -> dict[str, int]:
     """Block sizes with which a processor has room for three or four programs, by their registers and shared memory."""
-    block_m, block_n, block_k = 16 if num_rows <= 16 else 32, 64, 256 // element_size
+    block_m, block_n, block_k, stages = 16 if num_rows <= 16 else 32, 64, 256 // element_size, 3
     num_blocks = sum(_blocks(out_features, block_n))
     parts = 1
     while parts < MAX_PARTS and num_blocks * parts < PROGRAMS and width >= 2 * parts * PART_COLUMNS:
         parts *= 2
+    if num_rows > 16:
+        block_k, stages = block_k // 2, 4
     part = triton.cdiv(triton.cdiv(width, parts), block_k) * block_k
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PARTS": parts, "PART": part}
-    expand = {"WIDE": 2, "ROWS": 4, "BLOCK_R": 8} if num_rows <= 4 else {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4}
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PARTS": parts, "PART": part, "num_warps": 4}
     # Where W's programs fill the card by themselves, those of h B would only keep some of them waiting.
-    return sizes | expand | {"LAST": parts == 1, "STAGES": 3, "num_warps": 4}
+    sizes |= {"LAST": parts == 1, "SWAP": parts == 1 and num_rows > 4, "STAGES": stages}
+    if num_rows <= 4:
+        return sizes | {"WIDE": 2, "ROWS": 4, "BLOCK_R": 8}
+    return sizes | {"WIDE": 4, "ROWS": 4, "BLOCK_R": 4} | ({} if parts == 1 else {"maxnreg": 128})
