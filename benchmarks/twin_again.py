@@ -29,6 +29,7 @@ from multigraft.calibration.speed import calm
 from multigraft.core.config import EngineConfig, TrainingConfig
 from multigraft.engine.offline import make_config
 from multigraft.scheduling.steptime import StepShape, StepTimeModel
+from multigraft.twin.compare import value
 from multigraft.twin.profile import Profile
 from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
@@ -80,19 +81,20 @@ def rows_of(folder: Path, data: Path | None, read_sharing: float) -> Iterator[di
         workload = replace(workload, adapters=tuple(replace(a, nbytes=sizes[a.rank]) for a in workload.adapters))
         for name, profile in twins.items():
             again = report(simulate(workload, profile, deployment(profile, config)))
-            found = {"throughput": again.throughput, "ttft.mean": again.ttft.mean, "itl.mean": again.itl.mean}
-            errors = {f"{goal}_error": found[goal] / was[goal] - 1 for goal in GOALS}
+            errors = {f"{goal}_error": value(again, goal) / was[goal] - 1 for goal in GOALS if goal in was}
             yield {"run": folder.name, "workload": workload.name, "twin": name, **errors}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table("run", "workload", "twin", *GOALS)
     for row in rows:
-        table.add_row(row["run"], row["workload"], row["twin"], *(f"{row[f'{goal}_error']:+.1%}" for goal in GOALS))
+        errors = (row.get(f"{goal}_error") for goal in GOALS)
+        table.add_row(row["run"], row["workload"], row["twin"], *("" if e is None else f"{e:+.1%}" for e in errors))
     for name in dict.fromkeys(row["twin"] for row in rows):
         for title, of in (("mean", statistics.mean), ("worst", max)):
-            errors = [of(abs(r[f"{goal}_error"]) for r in rows if r["twin"] == name) for goal in GOALS]
-            table.add_row("all", title, name, *(f"{error:.1%}" for error in errors))
+            keys = [f"{goal}_error" for goal in GOALS]
+            mine = [[abs(row[key]) for row in rows if row["twin"] == name and key in row] for key in keys]
+            table.add_row("all", title, name, *(f"{of(errors):.1%}" if errors else "" for errors in mine))
     Console(width=110).print(table)
 
 

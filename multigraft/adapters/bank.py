@@ -29,10 +29,10 @@ COMPACTION_CHUNK = 2**24
 
 def factors_at(arena: torch.Tensor, block: SiteBlock, site: Site, start: int = 0) -> Factors:
     """Views of the factors that lie in `arena` where `block` says, for an adapter that begins at `start`."""
+    begin = arena.storage_offset() + start
 
     def matrix(offset: int, rows: int, cols: int) -> torch.Tensor:
-        offset += start
-        return arena[offset : offset + rows * cols].view(rows, cols)
+        return arena.as_strided((rows, cols), (cols, 1), begin + offset)
 
     widths = (stop - first for first, stop in site.b_features)
     parts = zip(block.b, (rank * site.gathered for rank in block.ranks), widths, strict=True)

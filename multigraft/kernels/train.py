@@ -27,15 +27,24 @@ def forward(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | N
 
 
 def backward(
-    d: Factors | None, g: torch.Tensor, x: torch.Tensor, h: torch.Tensor, f: Factors, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """d_x (rows, in) for the gradient g (rows, sum(out)) of the adapter's output; adds the factors' gradients to d.
+    d_x: torch.Tensor,
+    d: Factors | None,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    f: Factors,
+    mask: torch.Tensor | None = None,
+    dropout: torch.Tensor | None = None,
+) -> None:
+    """Adds to d_x (rows, in) for the gradient g (rows, sum(out)) of the adapter's output, and the factors' gradients to
+    d.
 
-    x, h, f, mask: as in `forward`. d: float32, laid out as f; None: they are not wanted.
+    x, h, f, mask: as in `forward`. d: float32, laid out as f; None: they are not wanted. dropout: (rows, in), what x
+    was multiplied with before.
     """
     u = torch.empty_like(h)
     for ranks, cols, scale, b in f.members():
-        u[:, ranks] = torch.mm(g[:, cols], b.T) * scale
+        u[:, ranks].addmm_(g[:, cols], b.T, beta=0, alpha=scale)
     if mask is not None:
         u *= mask
     if d is not None:
@@ -44,7 +53,10 @@ def backward(
         d.a.add_(_product(u.T, x))
         if d.c is not None:
             d.c.add_(u.sum(0, dtype=torch.float32))
-    return u @ f.a
+    if dropout is None:
+        d_x.addmm_(u, f.a)
+    else:
+        d_x.addcmul_(u @ f.a, dropout)
 
 
 def embedding_forward(y: torch.Tensor, ids: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:

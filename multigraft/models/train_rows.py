@@ -110,8 +110,8 @@ class TrainRows:
                     train.embedding_backward(d, g[s.rows], rows, h, f, s.mask)
                 continue
             dropout = s.dropout(site, rows)
-            part = train.backward(d, g[s.rows], rows if dropout is None else rows * dropout, h, f, s.mask)
-            d_x[s.rows] += part if dropout is None else part * dropout
+            rows = rows if dropout is None else rows * dropout
+            train.backward(d_x[s.rows], d, g[s.rows], rows, h, f, s.mask, dropout)
 
     def _acting(self, site: Site) -> Iterator[tuple[Stretch, SiteBlock]]:
         for s in self.stretches:
