@@ -289,6 +289,7 @@ def main() -> None:
         "seconds": args.seconds,
         "only": args.only,
         "part": args.part,
+        "microbatch": args.microbatch,
         "profile_errors": dict(profile.errors),
         **summary(rows),
     }

@@ -35,7 +35,7 @@ from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
 
 SECONDS, MICROBATCH = 6.0, 1024
-"""Of the runs that were kept; the flags of their engine are in `as_measured`."""
+"""Of the runs that were kept, where their line does not say; the flags of their engine are in `as_measured`."""
 
 
 def as_measured() -> EngineConfig:
@@ -67,13 +67,14 @@ def fit_again(points: Path) -> StepTimeModel:
 
 def rows_of(folder: Path, data: Path | None, read_sharing: float) -> Iterator[dict[str, Any]]:
     config, then = as_measured(), Profile.load(folder / "profile.json")
-    measured = json.loads((folder / "measured.json").read_text())["rows"]
+    measured = json.loads((folder / "measured.json").read_text())
+    microbatch = measured.get("microbatch", MICROBATCH)
     today = replace(then, steps=fit_again(folder / "points.jsonl.gz"))
     twins = {"then": then, "today": today}
     if read_sharing:
         twins["shared reads"] = replace(today, loads=replace(today.loads, read_sharing=read_sharing))
-    named = {w.name: w for w in workloads(SECONDS, capacity_of(then, config), data, MICROBATCH)}
-    for was in measured:
+    named = {w.name: w for w in workloads(SECONDS, capacity_of(then, config), data, microbatch)}
+    for was in measured["rows"]:
         workload = named[was["workload"]]
         if len(workload.requests) != was["requests"]:
             raise SystemExit(f"{workload.name} has {len(workload.requests)} requests, measured were {was['requests']}")
