@@ -10,9 +10,9 @@ A step is the sum of its parts, each from a measurement, or from what the table 
 - Collectives: two all-reduces a layer and one of the embedding, an all-gather of the logits, a small broadcast.
 - Adapters: launches (two kernels a site, and one at gate/up, where expand is inside SwiGLU), and bytes: factors of the
   adapters in use once, x once, y twice. Block-diagonal has 1/T of the matched rank on each GPU, replicated all ranks of
-  one factor, s-lora 1/T of both factors. Decode steps of few rows have base and adapters in one kernel, of many shrink
-  beside the base product; either spares a fixed time a site: the mean of what it spared in the measured layers, at any
-  rank, batch and T.
+  one factor, s-lora 1/T of both factors. Decode steps of few rows and ranks up to 16 have base and adapters in one
+  kernel, others shrink beside the base product; either spares a fixed time a site: the mean of what it spared in the
+  measured layers, at any batch and T.
 - s-lora besides: the product with A gathered (q/k/v, gate/up) or summed (o, down) in float32 at every site; small
   kernels that add up shrink's splits and lay the gathered product out; no expand inside SwiGLU, nothing spared.
 
@@ -46,7 +46,7 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, finish
 from benchmarks.tp import LONG, MODELS, PLACEMENTS, PROMPT, SHORT, matched_rank
-from benchmarks.tp_parts import BY_INPUTS, FEW_ROWS, MEMORY, SITES, Layer, Parts, known_gpu, lora_sizes, read_lines
+from benchmarks.tp_parts import BY_INPUTS, MEMORY, SITES, Layer, Parts, known_gpu, lora_sizes, read_lines
 
 CONTEXT = PROMPT + (SHORT + LONG) / 2
 """Of benchmarks.tp's decode steps, on average."""
@@ -142,7 +142,7 @@ class Step:
         sizes = lora_sizes(n_in, outs, rank_a, rank_b, num, self.rows, in_swiglu=in_swiglu)
         if self.prompt:
             return parts.adapters_prefill.us(*sizes), exchange
-        spared = parts.spared[self.rows <= FEW_ROWS] if self.beside and placement != "s-lora" else 0.0
+        spared = parts.spared(self.rows, max(rank_a, rank_b)) if self.beside and placement != "s-lora" else 0.0
         return parts.adapters.us(*sizes) - spared, exchange
 
 
@@ -195,7 +195,7 @@ def compared(line: dict[str, Any], parts: dict[str, Parts], folder: Path) -> Ite
     gpu, layers = known_gpu(line), line.get("layers") or MODELS[line["model"]]["num_hidden_layers"]
     fixed = {"config": config_of(line["model"], layers), "size": line["size"], "adapters": line["adapters"]}
     fixed |= {k: line.get(k, True) for k in ("fused", "beside")} | {"parts": parts.setdefault(gpu, Parts(gpu, folder))}
-    for row in line["rows"]:
+    for row in (row for row in line["rows"] if "step_ms" in row):
         steps = {"decode": (Step(rows=max(2, row["batch"]), **fixed), row["step_ms"])}
         if row["batch"] * PROMPT >= 2048 and "prompts_ms" in row:  # with fewer, the host is what it waits for
             steps["prompts"] = (Step(rows=row["batch"] * PROMPT, prompt=PROMPT, **fixed), row["prompts_ms"])

@@ -17,6 +17,7 @@ import numpy as np
 import transformers
 
 from benchmarks.common import LLAMA_8B, RESULTS, linear_shapes
+from multigraft.core.batch import LOW_RANK
 
 MEMORY = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
 COMPUTE = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -149,8 +150,7 @@ class Parts:
         self._gemm_rate = self._read_gemm_rate(gemm)
         self.adapters = self._read_adapters(decode, layers)
         self.adapters_prefill = self._read_adapters(prefill)
-        # us of a site that decode steps spare: of few rows with one kernel, of many with a second stream
-        self.spared = {few: self._read_spared(layers, few) for few in (True, False)}
+        self._spared = {of: self._read_spared(layers, *of) for of in ((True, True), (True, False), (False, False))}
         self._collectives: dict[int, dict[str, tuple[list[float], list[float]]]] = {}
         self._read_collectives()
 
@@ -214,12 +214,20 @@ class Parts:
         self._note(f"adapters, {kinds}", f"lora_kernels.jsonl, {line['date']} ({of}); fits to {off:.0%} (median)")
         return cost.scaled(of, self.gpu)
 
-    def _read_spared(self, line: dict[str, Any], few: bool) -> float:
-        spared = [row["serial_us"] - row["us"] for row in line["rows"] if (row["rows"] <= FEW_ROWS) == few]
+    def spared(self, rows: int, rank: float) -> float:
+        """us of a site that a decode step spares: few rows and low ranks in one kernel, others on a second stream."""
+        few = rows <= FEW_ROWS
+        return self._spared[few, few and rank <= LOW_RANK]
+
+    def _read_spared(self, line: dict[str, Any], few: bool, one_kernel: bool) -> float:
+        rows = [row for row in line["rows"] if (row["rows"] <= FEW_ROWS) == few]
+        way = "one_kernel_us" if one_kernel else "beside_us"
+        spared = [row["serial_us"] - row[way] for row in rows if way in row]
         mean = sum(spared) / len(spared)
         where = f"lora_kernels.jsonl, layer, {line['date']} ({known_gpu(line)})"
         what = f"{mean:.1f} us a layer ({min(spared):.1f} to {max(spared):.1f}): mean of {where}"
-        self._note(f"spared with {'few' if few else 'many'} rows", what)
+        kind = "few rows, low ranks" if one_kernel else "few rows" if few else "many rows"
+        self._note(f"spared with {kind}", what)
         return mean / len(SITES)
 
     def _read_others(self) -> None:

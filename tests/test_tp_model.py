@@ -85,7 +85,9 @@ def test_decode_steps_spare_what_is_not_waited_for(results: Path) -> None:
     waiting, layers = replace(step, beside=False), step.config.num_hidden_layers
     for placement in ("block-diagonal", "replicated"):
         spared = waiting.times(placement, 16)["adapters"] - step.times(placement, 16)["adapters"]
-        assert spared == pytest.approx(layers * 4 * parts.spared[True]) and spared > 0
+        assert spared == pytest.approx(layers * 4 * parts.spared(16, 16)) and spared > 0
+    high = waiting.times("replicated", 64)["adapters"] - step.times("replicated", 64)["adapters"]
+    assert high == pytest.approx(layers * 4 * parts.spared(16, 64)) and 0 < high < spared
     assert waiting.times("s-lora", 16) == step.times("s-lora", 16)
     prompts = replace(step, rows=4096, prompt=32)
     assert replace(prompts, beside=False).times("replicated", 16) == prompts.times("replicated", 16)
@@ -114,7 +116,10 @@ def test_measured_kernels_take_the_place_of_the_log(results: Path) -> None:
             row = {"kind": "tp", "site": site, "num_ranks": num_ranks, "rows": num_rows, "adapters": 4, "rank": rank}
             rows.append(row | {"us": true.us(*sizes)})
     product = Cost(0.0, 3e-7, 1e-9)
-    for num_rows, adapters, spared in ((2, 1, 8.0), (64, 4, 4.0)):
+    for num_rows, adapters, spared in (
+        (2, 1, {"beside_us": 2.0, "one_kernel_us": 8.0}),
+        (64, 4, {"beside_us": 4.0}),
+    ):
         sites = [(s, WHOLE_8B.site(s)) for s in SITES]
         at = (16, 16, adapters, num_rows)
         serial = sum(true.us(*tp_model.lora_sizes(*site, *at, in_swiglu=s == "gate_up")) for s, site in sites)
@@ -122,11 +127,12 @@ def test_measured_kernels_take_the_place_of_the_log(results: Path) -> None:
         base = product.us(0, 2 * weights + 6 * num_rows * 14336, 2 * num_rows * weights)
         base += Parts("H200", results).small_kernel
         row = {"kind": "layer", "rows": num_rows, "adapters": adapters, "rank": 16, "base_us": base}
-        rows.append(row | {"serial_us": serial, "us": serial - spared})
+        rows.append(row | {"serial_us": serial} | {way: serial - us for way, us in spared.items()})
     write(results, "lora_kernels", rows=rows)
     parts = Parts("H200", results)
     assert parts.adapters == pytest.approx(true)
-    assert {few: 4 * us for few, us in parts.spared.items()} == pytest.approx({True: 8.0, False: 4.0})
+    found = [4 * parts.spared(rows, rank) for rows, rank in ((2, 16), (2, 17), (64, 16), (64, 64))]
+    assert found == pytest.approx([8.0, 2.0, 4.0, 4.0])
     assert parts.product(4096, 4096, 16) == pytest.approx(product.us(0, 2 * 4096**2, 32 * 4096**2))
     assert Parts("H100", results).adapters.byte == pytest.approx(4e-7 * 4.8 / 3.35)
 

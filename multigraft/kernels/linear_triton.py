@@ -35,7 +35,8 @@ from multigraft.kernels.lora_triton import (
 )
 
 MAX_ROWS = 32
-"""Of x, for ranks up to LOW_RANK; a quarter of it for higher ones. Each row reads its adapter's B, whoever else has."""
+"""Of x. Each row reads its adapter's B, whoever else has: with 64 rows of as many adapters that takes longer than the
+launches that it spares."""
 PROGRAMS = 180
 """So many keep an H100's memory busy; with fewer blocks of y's columns, those of x and W are cut into parts."""
 MAX_PARTS = 4
@@ -269,8 +270,9 @@ def _linear_kernel(
 
 
 def fits(num_rows: int, max_rank: int) -> bool:
-    """Whether `linear` is the faster way for so many rows, and adapters of ranks up to max_rank."""
-    return num_rows <= (MAX_ROWS if max_rank <= LOW_RANK else MAX_ROWS // 4)
+    """Whether `linear` is the faster way for so many rows, and adapters of ranks up to max_rank: with higher ones, who
+    waits for h waits for too much."""
+    return num_rows <= MAX_ROWS and max_rank <= LOW_RANK
 
 
 def new_counters(most_columns: int, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,8 @@ do. Rows that the adapter leaves alone are masked at the rank-wide product, wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -21,8 +23,9 @@ def forward(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | N
     h = F.linear(x, f.a, f.c)
     if mask is not None:
         h *= mask
-    for ranks, cols, scale, b in f.members():
-        y[:, cols].addmm_(h[:, ranks], b, alpha=scale)
+    for h_m, y_m, b, scale in zip(_by_rank(h, f), _by_output(y, f), f.b, f.scales, strict=True):
+        if len(b):
+            y_m.addmm_(h_m, b, alpha=scale)
     return h
 
 
@@ -42,14 +45,16 @@ def backward(
     x, h, f, mask: as in `forward`. d: float32, laid out as f; None: they are not wanted. dropout: (rows, in), what x
     was multiplied with before.
     """
-    u = torch.empty_like(h)
-    for ranks, cols, scale, b in f.members():
-        u[:, ranks].addmm_(g[:, cols], b.T, beta=0, alpha=scale)
+    u, gs = torch.empty_like(h), _by_output(g, f)
+    for u_m, g_m, b, scale in zip(_by_rank(u, f), gs, f.b, f.scales, strict=True):
+        if len(b):
+            u_m.addmm_(g_m, b.T, beta=0, alpha=scale)
     if mask is not None:
         u *= mask
     if d is not None:
-        for ranks, cols, scale, d_b in d.members():
-            d_b.add_(_product(h[:, ranks].T, g[:, cols]), alpha=scale)
+        for h_m, g_m, d_b, scale in zip(_by_rank(h, f), gs, d.b, d.scales, strict=True):
+            if len(d_b):
+                d_b.add_(_product(h_m.T, g_m), alpha=scale)
         d.a.add_(_product(u.T, x))
         if d.c is not None:
             d.c.add_(u.sum(0, dtype=torch.float32))
@@ -57,6 +62,19 @@ def backward(
         d_x.addmm_(u, f.a)
     else:
         d_x.addcmul_(u @ f.a, dropout)
+
+
+def _by_rank(h: torch.Tensor, f: Factors) -> Sequence[torch.Tensor]:
+    """Each member's columns of h. (One call: a launch takes the host little longer than a slice.)"""
+    return (h,) if len(f.ranks) == 1 else h.split(f.ranks, 1)
+
+
+def _by_output(y: torch.Tensor, f: Factors) -> Sequence[torch.Tensor]:
+    """Each member's columns of y, which may have more: a rank's part of a vocabulary is padded."""
+    widths = [b.shape[1] for b in f.b]
+    if y.shape[1] != sum(widths):
+        y = y[:, : sum(widths)]
+    return (y,) if len(widths) == 1 else y.split(widths, 1)
 
 
 def embedding_forward(y: torch.Tensor, ids: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:

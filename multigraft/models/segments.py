@@ -130,7 +130,7 @@ class CudaGrafts:
                 if site.is_gate:
                     h = kernels.unwritten(x, w)
                     yield ("gated", block_m), partial(kernels.gated, y, h, bank.arena, w, w.tiles)
-            for rows in (4, most // 4, most // 2, most) if site.kind is SiteKind.LINEAR else ():
+            for rows in (4, most // 2, most) if site.kind is SiteKind.LINEAR else ():
                 if self._linear.fits(rows, max_rank):
                     w = work(max_rank, few, max_tiles(rows, bank.max_slots, few))
                     key = "linear", rows > 4, rows > most // 2

@@ -37,6 +37,10 @@ class Trainable(Protocol):
     def block_grad(self) -> torch.Tensor: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def views(self) -> dict[int, tuple[Site, Factors, Factors]]:
+        """By site: its factors in `block` and in `block_grad`, kept here by TrainRows. Empty at first."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +89,13 @@ class TrainRows:
     def add(self, site: Site, y: torch.Tensor, x: torch.Tensor) -> None:
         """y (rows, sum(out)) += the adapters' outputs for x (rows, in; ids (rows,) at an embedding), in place; y may
         be x."""
-        for s, block in self._acting(site):
-            f, rows = own_factors(s.adapter.block, block, site), x[s.rows]
+        for s, f, _ in self._acting(site):
+            own, rows = part_of(y, s.rows), part_of(x, s.rows)
             if site.kind is SiteKind.EMBEDDING:
-                h = train.embedding_forward(y[s.rows], rows, f, s.mask)
+                h = train.embedding_forward(own, rows, f, s.mask)
             else:
                 dropout = s.dropout(site, rows)
-                h = train.forward(y[s.rows], rows if dropout is None else rows * dropout, f, s.mask)
+                h = train.forward(own, rows if dropout is None else rows * dropout, f, s.mask)
             if self.grad:
                 self._hidden[site.index, s.rows.start] = h
 
@@ -101,23 +105,34 @@ class TrainRows:
         d_x: None at an embedding.
         """
         counted = self.lead or site.shard is not None
-        for s, block in self._acting(site):
-            f = own_factors(s.adapter.block, block, site)
-            d = own_factors(s.adapter.block_grad, block, site) if counted else None
-            h, rows = self._hidden.pop((site.index, s.rows.start)), x[s.rows]
+        for s, f, d in self._acting(site):
+            h, rows = self._hidden.pop((site.index, s.rows.start)), part_of(x, s.rows)
             if d_x is None:
-                if d is not None:
-                    train.embedding_backward(d, g[s.rows], rows, h, f, s.mask)
+                if counted:
+                    train.embedding_backward(d, part_of(g, s.rows), rows, h, f, s.mask)
                 continue
             dropout = s.dropout(site, rows)
             rows = rows if dropout is None else rows * dropout
-            train.backward(d_x[s.rows], d, g[s.rows], rows, h, f, s.mask, dropout)
+            own, g_rows = part_of(d_x, s.rows), part_of(g, s.rows)
+            train.backward(own, d if counted else None, g_rows, rows, h, f, s.mask, dropout)
 
-    def _acting(self, site: Site) -> Iterator[tuple[Stretch, SiteBlock]]:
+    def _acting(self, site: Site) -> Iterator[tuple[Stretch, Factors, Factors]]:
+        """Each adapter's factors at the site and the places for their gradients: made once, as making them takes the
+        host as long as several launches."""
         for s in self.stretches:
-            block = s.adapter.sites.get(site.index)
-            if block is not None:
-                yield s, block
+            found = s.adapter.views.get(site.index)
+            if found is None or found[0] is not site:
+                block = s.adapter.sites.get(site.index)
+                if block is None:
+                    continue
+                f, d = (own_factors(flat, block, site) for flat in (s.adapter.block, s.adapter.block_grad))
+                found = s.adapter.views[site.index] = site, f, d
+            yield s, found[1], found[2]
+
+
+def part_of(t: torch.Tensor, rows: slice) -> torch.Tensor:
+    """t[rows], or t where that is all of it."""
+    return t if rows.start == 0 and rows.stop == t.shape[0] else t[rows]
 
 
 def own_factors(flat: torch.Tensor, block: SiteBlock, site: Site) -> Factors:
@@ -194,7 +209,8 @@ def trained_linear(x: torch.Tensor, out: int, handle: int, site: torch.Tensor) -
     assert rows is not None
     y = context.linears[index].base(x)
     where = context.sites[index]
-    rows.add(where, y[: rows.num], x[: rows.num])
+    own = slice(0, rows.num)
+    rows.add(where, part_of(y, own), part_of(x, own))
     if grafts.active and len(x) > rows.num:
         with torch.inference_mode():
             grafts.add(index, y[rows.num :], x[rows.num :])
@@ -213,9 +229,10 @@ def _linear_backward(g: torch.Tensor, x: torch.Tensor, handle: int, site: torch.
     context: TrainContext = handles.lookup(handle).train
     index, rows = int(site), context.rows
     assert rows is not None
-    n, where = rows.num, context.sites[index]
-    d = context.linears[index].base_backward(g[:n])
-    rows.add_backward(where, d, g[:n], x[:n])
+    own, where = slice(0, rows.num), context.sites[index]
+    g = part_of(g, own)
+    d = context.linears[index].base_backward(g)
+    rows.add_backward(where, d, g, part_of(x, own))
     if context.group is not None and where.shard is not None and not where.shard.by_inputs:
         context.group.all_reduce_(d)  # the input is the same on all ranks, and each has a part of its consumers
     return padded(d, len(x))

@@ -20,6 +20,7 @@ from multigraft.adapters.plan import Piece, Plan
 from multigraft.adapters.site import Site, SiteBlock
 from multigraft.core.errors import AdapterError, InvalidRequest, JobFailed
 from multigraft.core.region import Ranges, Region, Scope, as_scope
+from multigraft.kernels.lora_gemm import Factors
 
 from .methods import METHODS
 from .microbatch import Sample
@@ -109,6 +110,7 @@ class AdapterBlock:
         self.block = torch.zeros(numel, dtype=dtype, device=device)
         self.block_grad = torch.zeros(numel, dtype=torch.float32, device=device)
         """(numel,) d loss / d block, accumulated."""
+        self.views: dict[int, tuple[Site, Factors, Factors]] = {}
 
     @property
     def region(self) -> Region:

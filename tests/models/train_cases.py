@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from multigraft.adapters import peft_files
 from multigraft.adapters.packing import pack
 from multigraft.adapters.site import Site, SiteBlock
+from multigraft.kernels.lora_gemm import Factors
 from multigraft.training.microbatch import Microbatch, Sample
 
 
@@ -24,6 +25,7 @@ class FolderAdapter:
     block: torch.Tensor
     dropout: float = 0.0
     block_grad: torch.Tensor = field(init=False)
+    views: dict[int, tuple[Site, Factors, Factors]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.block_grad = torch.zeros_like(self.block, dtype=torch.float32)
