@@ -23,7 +23,7 @@ from multigraft.training.job import Event, EventKind, Stage, TrainingJob
 from multigraft.training.spec import JobSpec
 from tests.engine.lent_ranks import lent_ranks, own_ranks, pool  # noqa: F401 (fixtures)
 from tests.engine.peft_cases import CASES, write_adapter
-from tests.models.train_cases import microbatch, samples
+from tests.models.train_cases import DEVICE, microbatch, samples
 from tests.tiny import ARCHITECTURES, VOCAB, build_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -84,7 +84,13 @@ class World:
         fixed = {"dtype": "float32", "kv_cache_gib": 0.01, "adapter_memory_gib": 0.02, "max_num_batched_tokens": 64}
         modules = (f"served={self.adapter}",)
         return Engine(
-            str(self.checkpoint), **fixed, max_num_seqs=8, lora_modules=modules, tensor_parallel_size=size, **settings
+            str(self.checkpoint),
+            **fixed,
+            device=DEVICE,
+            max_num_seqs=8,
+            lora_modules=modules,
+            tensor_parallel_size=size,
+            **settings,
         )
 
     def start(
@@ -101,7 +107,7 @@ class World:
         sites = [site.unsplit for site in core.parts.sites]
         design = AdapterDesign.new(spec.adapter, sites, base_model=None, max_rank=64)
         trained, other = (
-            TrainableAdapter.new(spec.adapter, design, seed=seed, dtype=torch.float32, device="cpu") for _ in range(2)
+            TrainableAdapter.new(spec.adapter, design, seed=seed, dtype=torch.float32, device=DEVICE) for _ in range(2)
         )
         if goes_on:
             generator = torch.Generator().manual_seed(seed)
@@ -168,6 +174,7 @@ def test_every_method_beside_requests(llama: World, alone: dict[str, Run], lent_
         assert engine._engine.parts.trainer.num_jobs == 0
 
 
+@pytest.mark.skipif(DEVICE != "cpu" and torch.cuda.device_count() < 4, reason="needs four GPUs")
 def test_four_ranks_and_a_vocabulary_that_does_not_divide(tmp_path: Path, lent_ranks: None) -> None:  # noqa: F811
     """Two key/value heads for four ranks; S-LoRA's placement is of served adapters and changes nothing here."""
     world = World(tmp_path, "llama", vocab_size=321, attention_bias=True)
