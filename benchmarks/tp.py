@@ -7,8 +7,8 @@ leave a quarter of a GPU's memory free; the rows say how many.
 
     python -m benchmarks.tp [--model 8b] [--size 2] [--lora-ranks 16 64 128] [--batches 1 16 64 256] [--save]
 
-Two GPUs, in two calls, of about 6 and 5 minutes. These are estimates: the first engine's start was measured at 58 s,
-with cold compiler caches; a measurement, four batches of one adapter, takes about 15 s.
+Two GPUs, in two calls, of about 6 and 5 minutes. The first engine's start took 67 to 76 s with cold compiler caches, of
+the 70B shape 116; a measurement, four batches of one adapter, takes 17 s, of the 70B shape's three batches about 30.
 
     python -m benchmarks.tp --collectives --save && python -m benchmarks.tp --seconds 420 --save
     python -m benchmarks.tp --model 70b --lora-ranks 16 64 --batches 1 64 256 --adapters 2 --seconds 420 --save
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -105,8 +106,8 @@ def run(engine: Engine, names: list[str | None], vocab: int) -> dict[str, Any]:
     calls, nbytes = ((a - b) / (LONG - SHORT) for a, b in zip(exchanged[LONG], exchanged[SHORT], strict=True))
     return {
         "tok_s": len(names) * LONG / min(walls),
-        "prompts_ms": 1e3 * float(np.median(prompts)),
-        "step_ms": 1e3 * float(np.median(decodes)),
+        "prompts_ms": 1e3 * statistics.median(prompts),
+        "step_ms": 1e3 * statistics.median(decodes),
         "collectives_step": calls,
         "mb_step": nbytes / 1e6,
     }

@@ -35,7 +35,7 @@ from multigraft.twin.report import report
 from multigraft.twin.simulate import simulate
 
 SECONDS, MICROBATCH = 6.0, 1024
-"""Of the runs that were kept, where their line does not say; the flags of their engine are in `as_measured`."""
+"""Of the runs that were kept, the second where a line does not say; the engine's flags are in `as_measured`."""
 
 
 def as_measured() -> EngineConfig:

@@ -270,8 +270,8 @@ def _linear_kernel(
 
 
 def fits(num_rows: int, max_rank: int) -> bool:
-    """Whether `linear` is the faster way for so many rows, and adapters of ranks up to max_rank: with higher ones, who
-    waits for h waits for too much."""
+    """Whether `linear` is the faster way for so many rows, and adapters of ranks up to max_rank. With higher ones, the
+    programs of h B have most of their work still before them when h is there at last."""
     return num_rows <= MAX_ROWS and max_rank <= LOW_RANK
 
 

@@ -1,5 +1,5 @@
-"""The segmented adapter operation for many rows an adapter, on the CPU: torch's GEMMs, segment by segment or several
-equal ones as a batch.
+"""The segmented adapter operation for many rows an adapter: torch's GEMMs, segment by segment (on the CPU, and of
+training rows on every device) or several equal ones as a batch (on the CPU).
 
 y += s · Bᵀ(A x + c), where LoRA has c = 0, and ReFT s = 1, y = x and the A of adapters.reft. y and x may be the same
 tensor.
@@ -7,7 +7,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,21 +33,31 @@ class Factors:
     c: torch.Tensor | None = None
     """(sum(ranks),) added to A x; None is zero."""
 
-    def members(self) -> Iterator[tuple[slice, slice, float, torch.Tensor]]:
-        """(its ranks' columns of A x, its columns of y, scale, Bᵀ) of each member that the adapter touches."""
-        row = col = 0
-        for rank, scale, b in zip(self.ranks, self.scales, self.b, strict=True):
-            if rank:
-                yield slice(row, row + rank), slice(col, col + b.shape[1]), scale, b
-            row += rank
-            col += b.shape[1]
+    def by_rank(self, h: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each member's columns of A x. (One call: a slice takes the host nearly as long as a launch.)"""
+        return (h,) if len(self.ranks) == 1 else h.split(self.ranks, 1)
+
+    def by_output(self, y: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each member's columns of y, which may have more: a rank's part of a vocabulary is padded."""
+        widths = [b.shape[1] for b in self.b]
+        if y.shape[1] != sum(widths):
+            y = y[:, : sum(widths)]
+        return (y,) if len(widths) == 1 else y.split(widths, 1)
 
 
-def add_segment(y: torch.Tensor, x: torch.Tensor, f: Factors) -> None:
-    """y (rows, sum(out)) += the adapter's output for x (rows, in), in place."""
+def add_segment(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """y (rows, sum(out)) += the adapter's output for x (rows, in), in place; y may be x.
+
+    mask: (rows, 1) of 0 and 1; None: the adapter acts on every row. Returns h (rows, sum(ranks)), which
+    kernels.train.backward wants.
+    """
     h = F.linear(x, f.a, f.c)
-    for ranks, cols, scale, b in f.members():
-        y[:, cols].addmm_(h[:, ranks], b, alpha=scale)
+    if mask is not None:
+        h *= mask
+    for h_m, y_m, b, scale in zip(f.by_rank(h), f.by_output(y), f.b, f.scales, strict=True):
+        if len(b):
+            y_m.addmm_(h_m, b, alpha=scale)
+    return h
 
 
 def add_equal_segments(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> None:

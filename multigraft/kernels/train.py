@@ -1,4 +1,5 @@
-"""One adapter over many adjacent rows, forward and backward: y += s · Bᵀ(A x + c), the form all methods have.
+"""One adapter over many adjacent rows, backward, and at an embedding both ways: y += s · Bᵀ(A x + c), the form that all
+methods have. Forward it is lora_gemm.add_segment.
 
 In plain torch on every device: a training microbatch is thousands of rows of one adapter, for which a library's GEMMs
 do. Rows that the adapter leaves alone are masked at the rank-wide product, where that costs next to nothing.
@@ -6,27 +7,9 @@ do. Rows that the adapter leaves alone are masked at the rank-wide product, wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 
 from .lora_gemm import Factors
-
-
-def forward(y: torch.Tensor, x: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """y (rows, sum(out)) += the adapter's output for x (rows, in), in place; y may be x.
-
-    mask: (rows, 1) of 0 and 1; None: the adapter acts on every row. Returns h (rows, sum(ranks)), which `backward`
-    wants.
-    """
-    h = F.linear(x, f.a, f.c)
-    if mask is not None:
-        h *= mask
-    for h_m, y_m, b, scale in zip(_by_rank(h, f), _by_output(y, f), f.b, f.scales, strict=True):
-        if len(b):
-            y_m.addmm_(h_m, b, alpha=scale)
-    return h
 
 
 def backward(
@@ -42,17 +25,17 @@ def backward(
     """Adds to d_x (rows, in) for the gradient g (rows, sum(out)) of the adapter's output, and the factors' gradients to
     d.
 
-    x, h, f, mask: as in `forward`. d: float32, laid out as f; None: they are not wanted. dropout: (rows, in), what x
+    x, h, f, mask: as in add_segment. d: float32, laid out as f; None: they are not wanted. dropout: (rows, in), what x
     was multiplied with before.
     """
-    u, gs = torch.empty_like(h), _by_output(g, f)
-    for u_m, g_m, b, scale in zip(_by_rank(u, f), gs, f.b, f.scales, strict=True):
+    u, gs = torch.empty_like(h), f.by_output(g)
+    for u_m, g_m, b, scale in zip(f.by_rank(u), gs, f.b, f.scales, strict=True):
         if len(b):
             u_m.addmm_(g_m, b.T, beta=0, alpha=scale)
     if mask is not None:
         u *= mask
     if d is not None:
-        for h_m, g_m, d_b, scale in zip(_by_rank(h, f), gs, d.b, d.scales, strict=True):
+        for h_m, g_m, d_b, scale in zip(f.by_rank(h), gs, d.b, d.scales, strict=True):
             if len(d_b):
                 d_b.add_(_product(h_m.T, g_m), alpha=scale)
         d.a.add_(_product(u.T, x))
@@ -64,21 +47,8 @@ def backward(
         d_x.addcmul_(u @ f.a, dropout)
 
 
-def _by_rank(h: torch.Tensor, f: Factors) -> Sequence[torch.Tensor]:
-    """Each member's columns of h. (One call: a launch takes the host little longer than a slice.)"""
-    return (h,) if len(f.ranks) == 1 else h.split(f.ranks, 1)
-
-
-def _by_output(y: torch.Tensor, f: Factors) -> Sequence[torch.Tensor]:
-    """Each member's columns of y, which may have more: a rank's part of a vocabulary is padded."""
-    widths = [b.shape[1] for b in f.b]
-    if y.shape[1] != sum(widths):
-        y = y[:, : sum(widths)]
-    return (y,) if len(widths) == 1 else y.split(widths, 1)
-
-
 def embedding_forward(y: torch.Tensor, ids: torch.Tensor, f: Factors, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """`forward` at an embedding: x is the one-hot form of ids (rows,), so A x are columns of A."""
+    """`add_segment` at an embedding: x is the one-hot form of ids (rows,), so A x are columns of A."""
     h = f.a[:, ids].T
     if mask is not None:
         h = h * mask

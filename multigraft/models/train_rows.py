@@ -17,7 +17,7 @@ import torch
 from multigraft.adapters.bank import factors_at
 from multigraft.adapters.site import Site, SiteBlock, SiteKind
 from multigraft.kernels import handles, train
-from multigraft.kernels.lora_gemm import Factors
+from multigraft.kernels.lora_gemm import Factors, add_segment
 
 if TYPE_CHECKING:
     from multigraft.models.parallel import Group
@@ -95,7 +95,7 @@ class TrainRows:
                 h = train.embedding_forward(own, rows, f, s.mask)
             else:
                 dropout = s.dropout(site, rows)
-                h = train.forward(own, rows if dropout is None else rows * dropout, f, s.mask)
+                h = add_segment(own, rows if dropout is None else rows * dropout, f, s.mask)
             if self.grad:
                 self._hidden[site.index, s.rows.start] = h
 
