@@ -19,7 +19,6 @@ import asyncio
 import json
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +42,7 @@ from multigraft.engine.async_engine import AsyncEngine
 from multigraft.engine.fine_tuning import EngineTraining
 from multigraft.kernels.openmp import release_pool
 from multigraft.scheduling.steptime import StepShape
+from multigraft.scheduling.training import with_part
 from multigraft.training.dataset import Dataset
 from multigraft.training.engine import off_loop
 from multigraft.training.spec import AdapterSpec, Hyperparameters, JobSpec
@@ -71,8 +71,7 @@ class Steps:
         served: dict[bool, list[float]] = {True: [], False: []}
         for shape, _ in seen:
             if shape.prefill_rows or shape.decode_rows:
-                untrained = replace(shape, train_rows=0, train_forward=0, train_backward=0, train_layers=0)
-                served[shape.prefill_rows > 0].append(model.predict(untrained) if model else 0.0)
+                served[shape.prefill_rows > 0].append(model.predict(with_part(shape, None)) if model else 0.0)
         return {
             "prompt_steps": len(served[True]),
             "prompt_s": sum(served[True]),

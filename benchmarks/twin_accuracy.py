@@ -1,24 +1,27 @@
 """How well the twin predicts the real engine: held-out workloads, served by the engine in this process and simulated.
 
-Calibrates first, unless the file --profile is there, and saves the profile in it, and beside it what it was fit to and
-the steps of the runs.
-Then each workload runs for --seconds of arrivals through the engine (random adapters, ServeGen's rates, some with a
-fine-tuning job beside them) and through the twin, under the same configuration.
-Prints the plain relative error and the halved SMAPE of the published twins, for every workload, and ends in one JSON
-line. A workload during which the machine was slow, by fixed steps timed before and behind it, or other processes
-computed, is run again up to twice; the least disturbed run counts, whatever it says.
+Calibrates the engine, then runs each workload for --seconds of arrivals through it (random adapters, ServeGen's rates,
+some with a fine-tuning job beside them) and through the twin, under the same configuration. Prints the plain relative
+error and the halved SMAPE of the published twins, for every workload, and ends in one JSON line.
 
-    python -m benchmarks.twin_accuracy MODEL DATA_FOLDER [--profile P] [--seconds 12] [--smoke] [--save]
+Engines differ: on a CPU one process's steps take 15 % longer than another's, wherever its memory came to lie; and
+machines whose processors are shared are faster now and slower then. So calibration is of the same engine, and goes on
+between the runs: all of its steps tell the profile, and those before and behind a run how fast it was then: decode
+steps, which wait for memory, and what prompts add, which waits for arithmetic, each at its own speed. The twin
+simulates that; errors "as calibrated", at the profile's mean speed, are told, too. A run during which the speed changed
+or other processes computed is repeated up to twice; the least disturbed one counts, whatever it says.
+
+    python -m benchmarks.twin_accuracy MODEL DATA_FOLDER [--seconds 24] [--smoke] [--save] [--keep FOLDER]
     python -m benchmarks.twin_accuracy random-8b DATA_FOLDER --device cuda --max-num-seqs 256 --slots 32 \
-        --max-num-batched-tokens 2048 --kv-gib 8 --adapter-gib 6 --train-memory-gib 8 --microbatch 1024 \
-        --workloads 8 --seconds 6 --calibrate-seconds 60 --attempts 1
+        --max-num-batched-tokens 2048 --kv-gib 8 --adapter-gib 6 --train-memory-gib 24 --microbatch 4096 \
+        --workloads 7 --seconds 6 --calibrate-seconds 60 --between 4 --attempts 1
 
 MODEL: a folder or a .gguf file; random-8b and random-smollm2 are Llama-3.1-8B and SmolLM2-135M with random weights.
 DATA_FOLDER holds servegen-m-small; without it arrivals are gamma. Where a machine is lent for minutes only, several
-processes with cores of their own each run a part, with one profile, and are shown together:
+processes with cores of their own each run a part and are shown together:
 
-    taskset -c 0,1 python -m benchmarks.twin_accuracy random-smollm2 DATA_FOLDER --profile P --part 0 2 --save
-    taskset -c 2,3 python -m benchmarks.twin_accuracy random-smollm2 DATA_FOLDER --profile P --part 1 2 --save
+    taskset -c 0,1 python -m benchmarks.twin_accuracy random-smollm2 DATA_FOLDER --part 0 2 --save
+    taskset -c 2,3 python -m benchmarks.twin_accuracy random-smollm2 DATA_FOLDER --part 1 2 --save
     python -m benchmarks.twin_accuracy --join 2      the last two lines of results/twin_accuracy.jsonl
 """
 
@@ -26,36 +29,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
+import gzip
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
-from operator import itemgetter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import LLAMA_8B, SMOLLM2_135M, finish, saved_rows, until_cut
-from multigraft.calibration.calibrate import calibrate, write_adapter
+from multigraft.calibration.calibrate import Calibration
 from multigraft.calibration.drive import Drive, sized
-from multigraft.calibration.points import PointRunner
-from multigraft.calibration.speed import TOLERANCE, probe, slowness
+from multigraft.calibration.points import Timed
 from multigraft.core.config import EngineConfig, TrainingConfig
 from multigraft.engine import parts as engine_parts
 from multigraft.engine.core import EngineCore
 from multigraft.engine.neighbours import others_seconds
 from multigraft.engine.offline import make_config
 from multigraft.kernels.openmp import release_pool
-from multigraft.scheduling.steptime import StepShape
+from multigraft.scheduling.steptime import FEATURES, TRAIN, StepShape, StepTimeModel
+from multigraft.scheduling.training import TrainingShare
 from multigraft.twin.compare import compare, macro_f1, starvation
 from multigraft.twin.describe import describe
 from multigraft.twin.profile import Profile
@@ -63,10 +64,10 @@ from multigraft.twin.report import Report, report
 from multigraft.twin.simulate import simulate
 from multigraft.twin.workload import Workload
 
-T = TypeVar("T")
-OTHERS = 0.05
-"""Cores that other processes may take of a run."""
-RANKS = (8, 16, 32, 64)
+OTHERS, CHANGE = 0.05, 0.1
+"""Cores that other processes may take of a run, and by how much the machine's speed may change over it."""
+OF_PROMPTS = [i for i, name in enumerate(FEATURES) if "prefill" in name]
+"""Terms of the step-time model that steps of decode rows alone do not have."""
 RANDOM = {"random-8b": LLAMA_8B, "random-smollm2": SMOLLM2_135M}
 GOALS = {"throughput": 0.05, "output_throughput": 0.05, "ttft.mean": 0.10, "itl.mean": 0.10}
 
@@ -143,61 +144,118 @@ class Steps:
         self.ran_(batch, seconds)
 
 
+@dataclass
+class Slowness:
+    """How many times as long as the profile says steps take now."""
+
+    decodes: float
+    """Of decode rows alone, and what other steps have in common with them."""
+    prompts: float
+    """What prompts add to a step."""
+
+    def of(self, model: StepTimeModel) -> StepTimeModel:
+        """The model at this speed; training's terms as they are."""
+        factors = [
+            self.prompts if i in OF_PROMPTS else self.decodes if i < TRAIN else 1.0 for i in range(len(FEATURES))
+        ]
+        return replace(model, weights=tuple(f * w for f, w in zip(factors, model.weights, strict=True)))
+
+    @classmethod
+    def seen(cls, steps: Sequence[Timed], model: StepTimeModel) -> Slowness:
+        without = cls(1.0, 0.0).of(model)
+        decodes = sum(t / model.predict(s) for s, t in steps if not s.prefill_rows)
+        decodes /= sum(not s.prefill_rows for s, _ in steps)
+        prompts = [(s, t) for s, t in steps if s.prefill_rows]
+        common = sum(without.predict(s) for s, _ in prompts)
+        added = sum(model.predict(s) for s, _ in prompts) - common
+        return cls(decodes, (sum(t for _, t in prompts) - decodes * common) / added)
+
+
+@dataclass
+class Run:
+    workload: Workload
+    """With the adapters' sizes."""
+    measured: Report
+    steps: list[Timed]
+    number: int
+    """Of the workload's runs."""
+    around: list[Timed] = field(default_factory=list)
+    """Designed steps before and behind it."""
+    disturbance: float = 0.0
+    """Up to 1 is calm."""
+
+
 class Machine:
-    """How much a run was disturbed, in units of what is still calm."""
+    """Runs workloads, and measures between them how fast the engine is."""
 
-    def __init__(self, core: EngineCore):
-        self._runner = PointRunner(core, Random(0))
-        self._probes = [probe(self._runner) for _ in range(5)]
+    def __init__(self, core: EngineCore, calibration: Calibration, config: EngineConfig, folder: Path, between: float):
+        self._core, self._calibration, self._config, self._folder = core, calibration, config, folder
+        self._between = between
+        self._model = calibration.profile(config).steps
+        self._before = self._look()
 
-    def watch(self, run: Callable[[], T]) -> tuple[T, float]:
-        """(what it returns, disturbance)."""
-        self._probes.append(probe(self._runner))
+    def run(self, workload: Workload, number: int) -> Run:
+        core = self._core
+        core.scheduler.training = TrainingShare(self._config.training)  # the twin's knows nothing either
+        self._unregister()
+        for adapter in workload.adapters:
+            core.parts.store.register(adapter.name, self._folder / f"r{adapter.rank}")
+        sizes = sized(workload, core)
+        drive = Drive(core, sizes, seed=number)
+        steps = Steps(drive)
         begun, others = time.monotonic(), others_seconds()
-        found = run()
+        found = Run(sizes, report(drive.run(timeout=600), "measured"), [], number)
         share = (others_seconds() - others) / (time.monotonic() - begun)
-        self._probes.append(probe(self._runner))
-        slow = max(slowness(self._probes)[-2:]) - 1
-        return found, max(share / OTHERS, slow / (TOLERANCE - 1))
+        found.steps = list(zip(steps.shapes, steps.seconds, strict=False))
+        before, behind = self._before, self._look()
+        self._before, found.around = behind, before + behind
+        was, then = (
+            sum(t for _, t in looked) / sum(self._model.predict(s) for s, _ in looked) for looked in (before, behind)
+        )
+        found.disturbance = max(share / OTHERS, (max(was, then) / min(was, then) - 1) / CHANGE)
+        return found
+
+    def _look(self) -> list[Timed]:
+        self._unregister()
+        self._calibration.register()
+        return [step for _, point in self._calibration.measure_steps(self._between) for step in point]
+
+    def _unregister(self) -> None:
+        """Also what is on the device."""
+        store = self._core.parts.store
+        for info in store.list():
+            store.unregister(info.name)
 
 
-def measure(
-    workload: Workload, config: EngineConfig, core: EngineCore, profile: Profile, seed: int, kept: Path | None
-) -> tuple[Report, Report, float | None]:
-    """(twin, measured, error of the summed step times under the measured steps without training, if there are any).
-
-    kept: gets the steps, a JSON line for each.
-    """
-    sizes = sized(workload, core)
-    drive = Drive(core, sizes, seed=seed)
-    steps = Steps(drive)
-    measured = report(drive.run(timeout=600), "measured")
-    pairs = list(zip(steps.shapes, steps.seconds, strict=False))
-    if kept is not None:
-        with kept.open("a") as file:
-            for shape, seconds in pairs:
-                line = {"workload": workload.name, "run": seed, "seconds": seconds, **dataclasses.asdict(shape)}
+def keep(
+    folder: Path, runs: Sequence[Run], profile: Profile, calibration: Calibration, measured: dict[str, Any]
+) -> None:
+    """For benchmarks.twin_again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    profile.save(folder / "profile.json")
+    (folder / "measured.json").write_text(json.dumps(measured))
+    calibration.save(folder / "points.jsonl")
+    (folder / "points.jsonl.gz").write_bytes(gzip.compress((folder / "points.jsonl").read_bytes()))
+    (folder / "points.jsonl").unlink()
+    with gzip.open(folder / "live.jsonl.gz", "wt") as file:
+        for run in runs:
+            for shape, seconds in run.steps:
+                line = {"workload": run.workload.name, "seconds": seconds, **dataclasses.asdict(shape)}
                 file.write(json.dumps(line) + "\n")
-    pairs = [(s, t) for s, t in pairs if not s.train_layers]
-    model_error = sum(profile.steps.predict(s) for s, _ in pairs) / sum(t for _, t in pairs) - 1 if pairs else None
-    return report(simulate(sizes, profile, deployment(profile, config))), measured, model_error
 
 
-def register(parts: Any, folder: Path, workload: Workload) -> None:
-    """The workload's adapters, cold, in place of those of the workload before."""
-    for info in parts.store.list():
-        parts.store.unregister(info.name)
-    for adapter in workload.adapters:
-        parts.store.register(adapter.name, folder / f"r{adapter.rank}")
+def say(what: str, share: float) -> None:
+    print(what, end="\x1b[K\r", file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="gets what benchmarks.twin_again reads")
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--calibrate-seconds", type=float, default=120.0)
+    parser.add_argument("--between", type=float, default=12.0, help="seconds of designed steps between two runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv-gib", type=float, default=0.5)
     parser.add_argument("--adapter-gib", type=float, default=0.6)
@@ -216,7 +274,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     if args.smoke:
-        args.seconds, args.calibrate_seconds = 3.0, 5.0
+        args.seconds, args.calibrate_seconds, args.between = 3.0, 5.0, 1.0
     if (args.model is None) == (args.join is None):
         parser.error("a model, or --join")
     if args.join:
@@ -239,60 +297,49 @@ def main() -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
     config = replace(config, training=TrainingConfig(train_memory_gib=args.train_memory_gib))
-    if args.profile is not None and args.profile.exists():
-        profile = Profile.load(args.profile)
-    else:
-        profile = calibrate(
-            config,
-            seconds=args.calibrate_seconds,
-            progress=lambda what, _: print(what, end="\x1b[K\r", file=sys.stderr),
-            points_file=args.profile and args.profile.with_suffix(".points.jsonl"),
-        )
-        if args.profile is not None:
-            profile.save(args.profile)
-        gc.collect()  # the engine that calibrated; its memory is needed
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    everything = workloads(args.seconds, capacity_of(profile, config), args.data, args.microbatch)
-    found = [workload for workload in everything if args.only in workload.name]
-    if not found:
-        parser.error(f"no workload has {args.only!r} in its name")
-    count = min(len(found), 3 if args.smoke else args.workloads or len(found))
-    chosen = found[:: len(found) // count][:count]
-    kept = args.profile and args.profile.with_suffix(f".live{args.part[0] if args.part else ''}.jsonl")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, until_cut():
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory() as adapters, until_cut():
         parts = engine_parts.build(config)
-        for rank in RANKS:
-            write_adapter(Path(folder) / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
-        release_pool()  # the engine's thread has the cores to itself
         core = EngineCore(parts)
+        calibration = Calibration(core, Path(adapters), Random(0), say)
+        release_pool()  # the engine's thread has the cores to itself
         core.start()
-        machine = Machine(core)
+        calibration.all(args.calibrate_seconds)
+        machine = Machine(core, calibration, config, Path(adapters), args.between)
+        capacity = capacity_of(calibration.profile(config), config)
+        found = [w for w in workloads(args.seconds, capacity, args.data, args.microbatch) if args.only in w.name]
+        if not found:
+            parser.error(f"no workload has {args.only!r} in its name")
+        count = min(len(found), 3 if args.smoke else args.workloads or len(found))
+        chosen = found[:: len(found) // count][:count]
         for workload in chosen[args.part[0] :: args.part[1]] if args.part else chosen:
-            begun, runs = time.monotonic(), []
-            while len(runs) < args.attempts and (not runs or runs[-1][1] > 1):
-                register(parts, Path(folder), workload)
-                runs.append(machine.watch(partial(measure, workload, config, core, profile, len(runs), kept)))
-            (twin, measured, model_error), disturbance = min(runs, key=itemgetter(1))
-            rows.append(row(twin, measured, model_error) | {"runs": len(runs), "disturbance": disturbance})
-            errors = ", ".join(f"{m} {rows[-1][f'{m}_error']:+.1%}" for m in GOALS)
-            seconds = time.monotonic() - begun
-            print(f"{workload.name}: {errors}; {len(runs)} runs, {disturbance:.2f}, {seconds:.0f} s", flush=True)
+            mine: list[Run] = []
+            while len(mine) < args.attempts and (not mine or mine[-1].disturbance > 1):
+                mine.append(machine.run(workload, len(mine)))
+            runs.append(min(mine, key=attrgetter("disturbance")))
+            r = runs[-1].measured
+            print(
+                f"{workload.name}: {r.throughput:.0f} tok/s; {len(mine)} runs, {runs[-1].disturbance:.2f}", flush=True
+            )
         core.stop(30)
-    if not rows:
+    if not runs:
         sys.exit("cut off before the first workload was through")
+    profile = calibration.profile(config)
+    rows = [row(run, profile, config) for run in runs]
     show(rows)
     settings = {
         "model": args.model if args.model in RANDOM else Path(args.model).name,
         "hardware": dict(profile.hardware),
         "seconds": args.seconds,
+        "capacity": capacity,
         "only": args.only,
         "part": args.part,
         "microbatch": args.microbatch,
         "profile_errors": dict(profile.errors),
         **summary(rows),
     }
+    if args.keep is not None:
+        keep(args.keep, runs, profile, calibration, settings | {"rows": rows})
     finish("twin_accuracy", settings, rows, save=args.save)
 
 
@@ -304,20 +351,30 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "starved_share": round(actual.count("1") / len(actual), 4),
         "worst": {m: max(abs(r[f"{m}_error"]) for r in rows) for m in GOALS},
         "mean": {m: statistics.mean(abs(r[f"{m}_error"]) for r in rows) for m in GOALS},
+        "mean_as_calibrated": {m: statistics.mean(abs(r[f"{m}_error_as_calibrated"]) for r in rows) for m in GOALS},
         "mean_halved_smape": {m: statistics.mean(r[f"{m}_smape"] for r in rows) for m in GOALS},
         "goals": GOALS,
     }
 
 
-def row(twin: Report, measured: Report, model_error: float | None) -> dict[str, Any]:
+def row(run: Run, profile: Profile, config: EngineConfig) -> dict[str, Any]:
+    slowness = Slowness.seen(run.around, profile.steps)
+    now = replace(profile, steps=slowness.of(profile.steps))
+    twin, as_calibrated = (report(simulate(run.workload, p, deployment(p, config))) for p in (now, profile))
+    measured = run.measured
     found: dict[str, Any] = {"workload": measured.workload, "requests": measured.requests}
+    found |= {"slowness_decodes": slowness.decodes, "slowness_prompts": slowness.prompts}
     for d in compare(twin, measured):
         found |= {d.metric: d.measured, f"{d.metric}_error": d.relative, f"{d.metric}_smape": d.smape}
+    found |= {f"{d.metric}_error_as_calibrated": d.relative for d in compare(as_calibrated, measured)}
+    served = [step for step in run.steps if not step[0].train_layers]
+    model_error = sum(now.steps.predict(s) for s, _ in served) / sum(t for _, t in served) - 1 if served else None
     assert measured.resources is not None and twin.resources is not None
     found |= {"loads": measured.resources.loads, "twin_loads": twin.resources.loads, "step_time_error": model_error}
     found |= {"starved": measured.starved_adapters, "twin_starved": twin.starved_adapters}
     found |= {"starvation": _flags(measured), "twin_starvation": _flags(twin)}
     found |= {"trained": measured.train_throughput, "twin_trained": twin.train_throughput}
+    found |= {"run": run.number, "disturbance": run.disturbance}
     return found | {"measured_queueing": dataclasses.asdict(measured.queueing)["mean"]}
 
 

@@ -1,7 +1,7 @@
 """The twin of today against measurements that were kept: how a change of its models would have done on a GPU run.
 
-A folder has what a run of twin_accuracy left: profile.json, points.jsonl.gz (what the profile was fit to) and
-measured.json (its line of results). Simulates the same workloads three times: with the profile as it was; with the
+A folder has what twin_accuracy --keep left: profile.json, points.jsonl.gz (what the profile was fit to) and
+measured.json (its results). Simulates the same workloads three times: with the profile as it was; with the
 step-time model of today fit to the same points; and with reads that share the memory besides (--read-sharing), which
 those profiles were made too early for. Errors are relative to the measurement. No model and no GPU needed.
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import finish
-from benchmarks.twin_accuracy import GOALS, capacity_of, deployment, workloads
+from benchmarks.twin_accuracy import GOALS, Slowness, capacity_of, deployment, workloads
 from multigraft.calibration.speed import calm
 from multigraft.core.config import EngineConfig, TrainingConfig
 from multigraft.engine.offline import make_config
@@ -73,14 +73,17 @@ def rows_of(folder: Path, data: Path | None, read_sharing: float) -> Iterator[di
     twins = {"then": then, "today": today}
     if read_sharing:
         twins["shared reads"] = replace(today, loads=replace(today.loads, read_sharing=read_sharing))
-    named = {w.name: w for w in workloads(SECONDS, capacity_of(then, config), data, microbatch)}
+    capacity = measured.get("capacity") or capacity_of(then, config)
+    named = {w.name: w for w in workloads(SECONDS, capacity, data, microbatch)}
     for was in measured["rows"]:
         workload = named[was["workload"]]
         if len(workload.requests) != was["requests"]:
             raise SystemExit(f"{workload.name} has {len(workload.requests)} requests, measured were {was['requests']}")
         sizes = {a.rank: then.adapter_bytes(a.rank) for a in workload.adapters}
         workload = replace(workload, adapters=tuple(replace(a, nbytes=sizes[a.rank]) for a in workload.adapters))
+        slowness = Slowness(was.get("slowness_decodes", 1.0), was.get("slowness_prompts", 1.0))
         for name, profile in twins.items():
+            profile = replace(profile, steps=slowness.of(profile.steps))
             again = report(simulate(workload, profile, deployment(profile, config)))
             errors = {f"{goal}_error": value(again, goal) / was[goal] - 1 for goal in GOALS if goal in was}
             yield {"run": folder.name, "workload": workload.name, "twin": name, **errors}

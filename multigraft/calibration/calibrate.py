@@ -79,52 +79,149 @@ def calibrate(
     cache = replace(config.cache, enable_prefix_caching=True)  # contexts come from it
     progress("Loading the model", 0.0)
     parts = engine_parts.build(replace(config, adapters=adapters, cache=cache))
-    for tensor in (parts.runner.attention.kv.k, parts.runner.attention.kv.v):  # type: ignore[attr-defined]
-        tensor.fill_(0.01)  # pages never written would all be one page of zeros to the operating system
-    rng = Random(seed)
-    share = DesignedShare(rng)
-    parts.scheduler.training = share
     core = EngineCore(parts)
     with tempfile.TemporaryDirectory() as folder:
-        names = _register(parts, Path(folder), progress)
+        measured = Calibration(core, Path(folder), Random(seed), progress)
         release_pool()  # the engine's thread has the cores to itself
         core.start()
         try:
-            runner = PointRunner(core, rng)
-            begun = time.monotonic()
-            progress("Timing adapter loads", 0.05)
-            loads = _measure_loads(core, runner, names)
-            points = _measure_training(core, runner, share, seconds * TRAIN_SHARE, progress)
-            left = max(begun + seconds - time.monotonic(), STEPS_SHARE * seconds)
-            points += _measure_steps(core, runner, names, left, progress)
+            measured.all(seconds)
         finally:
             core.stop(30)
             parts.store.close()
     progress("Fitting", 0.98)
     if points_file is not None:
-        with points_file.open("w") as file:
-            for slowest, timed in points:
+        measured.save(points_file)
+    return measured.profile(config)
+
+
+class Calibration:
+    """Measures a started engine. The parts may be repeated and lie between other work of the engine, as its speed may
+    change with the hours."""
+
+    def __init__(self, core: EngineCore, folder: Path, rng: Random, progress: Progress):
+        """folder: gets adapters, which stay in use. core: with prefix caching, from which contexts come."""
+        self.core, self.rng, self.points = core, rng, list[Point]()
+        self._progress, self._folder = progress, folder
+        self._runner = PointRunner(core, rng)
+        self._loads: LoadTimes | None = None
+        kv = core.parts.runner.attention.kv  # type: ignore[attr-defined]
+        for tensor in (kv.k, kv.v):
+            tensor.fill_(0.01)  # pages never written would all be one page of zeros to the operating system
+        parts, self._names = core.parts, list[list[str]]()
+        ranks = [rank for rank in RANKS if rank <= parts.config.adapters.max_lora_rank]
+        for i, rank in enumerate(ranks):
+            progress(f"Writing adapters of rank {rank}", 0.02 + 0.02 * i / len(ranks))
+            nbytes = write_adapter(folder / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
+            if count := min(RANK_SUM // rank, parts.bank.capacity_bytes // nbytes):
+                self._names.append([f"calibration-{rank}-{n}" for n in range(count)])
+        if not self._names:
+            raise CapacityExceeded(
+                f"Adapters of rank {ranks[0]} do not fit the adapter memory of {parts.bank.capacity_bytes} bytes; "
+                "raise --adapter-memory-gib."
+            )
+
+    def all(self, seconds: float) -> None:
+        self.register()
+        begun = time.monotonic()
+        self.measure_loads()
+        self.measure_training(seconds * TRAIN_SHARE)
+        self.measure_steps(max(begun + seconds - time.monotonic(), STEPS_SHARE * seconds))
+
+    def register(self) -> None:
+        """The adapters; those of a rank share one folder, but not their place in memory."""
+        for same in self._names:
+            for name in same:
+                self.core.parts.store.register(name, self._folder / f"r{name.split('-')[1]}")
+
+    def measure_loads(self) -> None:
+        self._progress("Timing adapter loads", 0.05)
+        rounds, probes, begun = [], [], time.monotonic()
+        while not rounds or (len(rounds) < LOAD_ROUNDS and time.monotonic() - begun < LOAD_SECONDS):
+            before = probe(self._runner)
+            rounds.append(measure_loads(self.core, self._runner, self._names))
+            probes.append(slower(before, probe(self._runner)))
+        factors = slowness(probes)
+        self._loads = rounds[factors.index(min(factors))]
+
+    def measure_steps(self, seconds: float) -> list[Point]:
+        """The points, which come to those before. The first ones find cold caches and are not counted."""
+        points: list[Point] = []
+        begun, before = time.monotonic(), probe(self._runner)
+        while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * FOLDS:
+            self._progress(
+                f"Timing steps: {len(points)} groups", 0.32 + 0.66 * (elapsed / seconds if elapsed < seconds else 1.0)
+            )
+            plans = draw_point(self.rng, self._names, self.core)
+            self._runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
+            timed, after = self._runner.run(plans), probe(self._runner)
+            points.append((slower(before, after), timed))
+            before = after
+        self.points += points[COLD:]
+        return points[COLD:]
+
+    def measure_training(self, seconds: float) -> None:
+        """Steps with a part of a training pass, alone and beside requests."""
+        core, trainer = self.core, self.core.parts.trainer
+        if trainer.memory.max_rows < 1:
+            return  # fine-tuning is turned off
+        was, core.scheduler.training = core.scheduler.training, (share := DesignedShare(self.rng))
+        points: list[Point] = []
+        begun, before = time.monotonic(), probe(self._runner)
+        sizes: list[int] = []
+        while (elapsed := time.monotonic() - begun) < seconds or len(points) < TRAIN_ROUNDS * len(TRAIN_SIZES):
+            self._progress(
+                f"Timing training: {len(points)} groups", 0.12 + 0.2 * (elapsed / seconds if elapsed < seconds else 1.0)
+            )
+            sizes = sizes or self.rng.sample(TRAIN_SIZES, len(TRAIN_SIZES))
+            rows = max(2, trainer.memory.max_rows // sizes.pop())
+            passes = TRAIN_PASSES if len(points) >= len(TRAIN_SIZES) else 1
+            job = random_job(core.parts, "calibration", tokens=rows * passes, microbatch=rows, rank=16)
+            left = Future[None]()
+            release_pool()
+            core.post(partial(trainer.start, job, 1.0, lambda event: None, left))
+            plans = [
+                Plan(at=2 * i, context=0, new=self.rng.choice([1, 16, 128]), output=12, adapter=None, scope=Scope.ALL)
+                for i in range(self.rng.choice([1, 4, 16]))
+            ]
+            self._runner.run(plans)
+            left.result(300)
+            timed, after = share.take(), probe(self._runner)
+            points.append((slower(before, after), timed))
+            before = after
+        core.scheduler.training = was
+        self.points += points[len(TRAIN_SIZES) :]
+
+    def save(self, path: Path) -> None:
+        """The points, a JSON line for each."""
+        with path.open("w") as file:
+            for slowest, timed in self.points:
                 steps = [{"seconds": t, **asdict(shape)} for shape, t in timed]
                 file.write(json.dumps({"probe": slowest, "steps": steps}) + "\n")
-    counted = calm([slowest for slowest, _ in points])
-    kept = [timed for (_, timed), ok in zip(points, counted, strict=True) if ok and timed]
-    found = held_out_errors(kept, rng) | {"left_out": 1 - sum(counted) / len(counted)}
-    loaded = parts.loaded
-    return Profile(
-        model=loaded.name,
-        hardware=this_machine(torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else None),
-        versions=these_versions(),
-        steps=fit(kept),
-        loads=loads,
-        memory=_memory(config, parts),
-        max_model_len=loaded.max_model_len,
-        overlap=loaded.device.type == "cuda",
-        launch=statistics.median(runner.launches) if runner.launches else 0.0,
-        num_layers=loaded.model.config.get_text_config().num_hidden_layers,
-        train_rows=parts.trainer.memory.max_rows,
-        errors=found,
-        margin=max(found["late_prompts"], found["late_decodes"]),
-    )
+
+    def profile(self, config: EngineConfig) -> Profile:
+        """From what was measured until now. config: the user's."""
+        assert self._loads is not None
+        counted = calm([slowest for slowest, _ in self.points])
+        kept = [timed for (_, timed), ok in zip(self.points, counted, strict=True) if ok and timed]
+        found = held_out_errors(kept, self.rng) | {"left_out": 1 - sum(counted) / len(counted)}
+        parts, launches = self.core.parts, self._runner.launches
+        loaded = parts.loaded
+        return Profile(
+            model=loaded.name,
+            hardware=this_machine(torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else None),
+            versions=these_versions(),
+            steps=fit(kept),
+            loads=self._loads,
+            memory=_memory(config, parts),
+            max_model_len=loaded.max_model_len,
+            overlap=loaded.device.type == "cuda",
+            launch=statistics.median(launches) if launches else 0.0,
+            num_layers=loaded.model.config.get_text_config().num_hidden_layers,
+            train_rows=parts.trainer.memory.max_rows,
+            errors=found,
+            margin=max(found["late_prompts"], found["late_decodes"]),
+        )
 
 
 def fit(points: Sequence[Sequence[Timed]]) -> StepTimeModel:
@@ -193,86 +290,6 @@ def write_adapter(folder: Path, sites: Sequence[Site], rank: int, dtype: torch.d
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": sorted(targets)}))
     return sum(t.nbytes for t in tensors.values())
-
-
-def _register(parts: EngineParts, folder: Path, progress: Progress) -> list[list[str]]:
-    """Names by rank; those of a rank share one folder, but not their place in memory."""
-    names = []
-    ranks = [rank for rank in RANKS if rank <= parts.config.adapters.max_lora_rank]
-    for i, rank in enumerate(ranks):
-        progress(f"Writing adapters of rank {rank}", 0.02 + 0.02 * i / len(ranks))
-        nbytes = write_adapter(folder / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
-        count = min(RANK_SUM // rank, parts.bank.capacity_bytes // nbytes)
-        if count:
-            names.append([f"calibration-{rank}-{n}" for n in range(count)])
-        for name in names[-1] if count else ():
-            parts.store.register(name, folder / f"r{rank}")
-    if not names:
-        raise CapacityExceeded(
-            f"Adapters of rank {ranks[0]} do not fit the adapter memory of {parts.bank.capacity_bytes} bytes; raise "
-            "--adapter-memory-gib."
-        )
-    return names
-
-
-def _measure_loads(core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]]) -> LoadTimes:
-    rounds, probes, begun = [], [], time.monotonic()
-    while not rounds or (len(rounds) < LOAD_ROUNDS and time.monotonic() - begun < LOAD_SECONDS):
-        before = probe(runner)
-        rounds.append(measure_loads(core, runner, names))
-        probes.append(slower(before, probe(runner)))
-    factors = slowness(probes)
-    return rounds[factors.index(min(factors))]
-
-
-# Steps ---------------------------------------------------------------------------------------------------------
-
-
-def _measure_steps(
-    core: EngineCore, runner: PointRunner, names: Sequence[Sequence[str]], seconds: float, progress: Progress
-) -> list[Point]:
-    """The first points find cold caches and are not counted."""
-    points: list[Point] = []
-    begun, before = time.monotonic(), probe(runner)
-    while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * FOLDS:
-        progress(f"Timing steps: {len(points)} groups", 0.32 + 0.66 * min(1.0, elapsed / seconds))
-        plans = draw_point(runner.rng, names, core)
-        runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
-        timed, after = runner.run(plans), probe(runner)
-        points.append((slower(before, after), timed))
-        before = after
-    return points[COLD:]
-
-
-def _measure_training(
-    core: EngineCore, runner: PointRunner, share: DesignedShare, seconds: float, progress: Progress
-) -> list[Point]:
-    """Steps with a part of a training pass, alone and beside requests."""
-    trainer = core.parts.trainer
-    points: list[Point] = []
-    if trainer.memory.max_rows < 1:
-        return points  # fine-tuning is turned off
-    rng, begun, before = runner.rng, time.monotonic(), probe(runner)
-    sizes: list[int] = []
-    while (elapsed := time.monotonic() - begun) < seconds or len(points) < TRAIN_ROUNDS * len(TRAIN_SIZES):
-        progress(f"Timing training: {len(points)} groups", 0.12 + 0.2 * min(1.0, elapsed / seconds))
-        sizes = sizes or rng.sample(TRAIN_SIZES, len(TRAIN_SIZES))
-        rows = max(2, trainer.memory.max_rows // sizes.pop())
-        passes = TRAIN_PASSES if len(points) >= len(TRAIN_SIZES) else 1
-        job = random_job(core.parts, "calibration", tokens=rows * passes, microbatch=rows, rank=16)
-        left = Future[None]()
-        release_pool()
-        core.post(partial(trainer.start, job, 1.0, lambda event: None, left))
-        plans = [
-            Plan(at=2 * i, context=0, new=rng.choice([1, 16, 128]), output=12, adapter=None, scope=Scope.ALL)
-            for i in range(rng.choice([1, 4, 16]))
-        ]
-        runner.run(plans)
-        left.result(300)
-        timed, after = share.take(), probe(runner)
-        points.append((slower(before, after), timed))
-        before = after
-    return points[len(TRAIN_SIZES) :]
 
 
 # Memory --------------------------------------------------------------------------------------------------------

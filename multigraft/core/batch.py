@@ -70,7 +70,9 @@ class TrainPart:
     forward: int
     """Layers run forward."""
     backward: int
-    """Layers run backward."""
+    """Layers run backward, the output head counted as the first of them."""
+    head: int = 0
+    """Rows that go through the output head and the loss."""
 
 
 @dataclass(slots=True)

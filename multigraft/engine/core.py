@@ -112,7 +112,7 @@ class EngineCore:
         self.trainer = parts.trainer
         self.observer: StepObserver | None = None
         self.counters = Counters()
-        self._clock = StepClock(parts.loaded.device, self.scheduler.training.observe)
+        self._clock = StepClock(parts.loaded.device, lambda *step: self.scheduler.training.observe(*step))
         self.error: BaseException | None = None
         self._fatal: MultigraftError | None = None
         self._live: dict[str, Submission] = {}

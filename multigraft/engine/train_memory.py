@@ -63,7 +63,7 @@ class TrainMemory:
             input_bytes=hidden * size,
             fused_bytes=fused,
             plain_bytes=fused + 4 * 6 * hidden + size * (6 * hidden + 2 * width),
-            head_bytes=HEAD_ROWS * -(-c.vocab_size // num_ranks) * (2 * size + 8),
+            head_bytes=HEAD_ROWS[loaded.device.type] * -(-c.vocab_size // num_ranks) * (2 * size + 8),
             most_rows=MAX_ROWS[loaded.device.type],
             keeping_rows=KEEPING_ROWS[loaded.device.type],
         )

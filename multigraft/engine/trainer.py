@@ -114,7 +114,7 @@ class Trainer:
         if p is None:
             return None
         back = (p.num_layers + 1 if p.grad else 1) - p.backward_done
-        return TrainWork(p.num_tokens, p.num_layers - p.forward_done, back)
+        return TrainWork(p.num_tokens, p.num_layers - p.forward_done, back, 0 if p.backward_done else p.num_targets)
 
     def riding(self, part: TrainPart | None) -> AbstractContextManager[None] | None:
         """Within it, the model's forward pass takes the part's rows along; None when there is nothing to take."""

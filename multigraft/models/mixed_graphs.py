@@ -76,7 +76,9 @@ class MixedGraphs:
             },
             device,
         )
-        max_pages = max_spans * -(-max_len // attention.kv.page_size)
+        page = attention.kv.page_size
+        # Of the longest requests, or of the one span and the others of a row each that captures are planned for.
+        max_pages = max(max_spans * -(-max_len // page), -(-most // page) + max_spans)
         pages = torch.zeros(max_pages, dtype=torch.int32, device=device)
         kv_rows = self._inputs.on_device["kv_rows"]
         self._spans = {n: FixedSpans.make(self._num_spans(n), pages, kv_rows[:n]) for n in self.sizes}

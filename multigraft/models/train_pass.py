@@ -24,8 +24,9 @@ from multigraft.models.train_head import Vocabulary
 from multigraft.models.train_rows import Stretch, TrainRows
 from multigraft.training.microbatch import Microbatch, PassResult, Sample
 
-HEAD_ROWS = 1024
-"""Rows that the output head takes at a time: bounds the logits kept, never all of a microbatch."""
+HEAD_ROWS = {"cuda": 1024, "cpu": 128}
+"""Rows that the output head takes at a time: bounds the logits kept, never all of a microbatch. On a CPU few, whose
+logits stay in its cache."""
 
 
 class TrainModel:
@@ -102,6 +103,7 @@ class TrainPass:
             stretches=tuple(s for s in self._stretches if s is not None),
             lead=model.group is None or model.group.rank == 0,
         )
+        self.num_targets = sum(w != 0.0 for m in self.microbatches for s in m.samples for w in s.weights)
         self.num_layers = len(model.layers)
         self.forward_done = 0
         self.backward_done = 0
@@ -313,8 +315,9 @@ class _Targets:
         return cls(*(torch.tensor(v, dtype=torch.int64, device=device) for v in (rows, ids)), counts)
 
     def parts(self) -> Iterator[slice]:
-        for start in range(0, len(self.ids), HEAD_ROWS):
-            yield slice(start, min(start + HEAD_ROWS, len(self.ids)))
+        num = HEAD_ROWS[self.ids.device.type]
+        for start in range(0, len(self.ids), num):
+            yield slice(start, min(start + num, len(self.ids)))
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """By sample."""

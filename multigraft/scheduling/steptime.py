@@ -60,6 +60,9 @@ class StepShape:
     train_backward: int = 0
     train_layers: int = 0
     """Layers run with train rows, in either direction."""
+    train_head: int = 0
+    """Train rows that go through the output head and the loss: with a small model and many tokens to choose from, as
+    much work as a third of its layers."""
 
     @classmethod
     def of(cls, batch: Batch) -> StepShape:
@@ -110,6 +113,7 @@ class StepShape:
             shape.train_forward = batch.train.rows * batch.train.forward
             shape.train_backward = batch.train.rows * batch.train.backward
             shape.train_layers = batch.train.forward + batch.train.backward
+            shape.train_head = batch.train.head
         return shape
 
     def features(self) -> tuple[float, ...]:
@@ -152,6 +156,7 @@ class StepShape:
             s.train_forward,
             s.train_backward,
             s.train_layers,
+            s.train_head,
             1.0 if s.train_layers else 0.0,
             s.train_layers,
         )
@@ -194,6 +199,7 @@ FEATURES = (
     "train_forward",
     "train_backward",
     "train_layers",
+    "train_head",
     "host_train_step",
     "host_train_layers",
 )
@@ -226,16 +232,17 @@ class StepTimeModel:
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of the step."""
-        return self.seconds(self.served(shape), shape.train_forward, shape.train_backward, shape.train_layers)
+        s = shape
+        return self.seconds(self.served(s), s.train_forward, s.train_backward, s.train_layers, s.train_head)
 
     def served(self, shape: StepShape) -> float:
         """The device's seconds for what the step serves, uncorrected: with it, `seconds` tells of any training."""
         return float(sum(map(mul, self.weights[:TRAIN], shape.features())))
 
-    def seconds(self, served: float, forward: int = 0, backward: int = 0, layers: int = 0) -> float:
+    def seconds(self, served: float, forward: int = 0, backward: int = 0, layers: int = 0, head: int = 0) -> float:
         """Of a step with so much training beside, which are StepShape's train_forward and so on."""
-        per_forward, per_backward, per_layer, host, host_per_layer = self.weights[TRAIN:]
-        device = served + per_forward * forward + per_backward * backward + per_layer * layers
+        per_forward, per_backward, per_layer, per_head, host, host_per_layer = self.weights[TRAIN:]
+        device = served + per_forward * forward + per_backward * backward + per_layer * layers + per_head * head
         return self.correction * (max(device, host + host_per_layer * layers) if layers else device)
 
     def growth(self, shape: StepShape) -> float:

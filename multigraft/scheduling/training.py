@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain
@@ -28,11 +29,8 @@ FAMILIAR = 0.03
 engine that is this even the time of a fit, and the twin most of its own."""
 MEMORY = 256
 """Latest steps that a fit looks at, of those that only serve, of those that only train, and of those that do both."""
-LOOK_AGAIN = 64
-"""So many times in a row no layer fits into the time that is left: then one is granted nevertheless. What it takes may
-have been learned while the machine was slow, and nothing else would tell."""
 
-_served = attrgetter(*(field.name for field in fields(StepShape)[:-4]))  # all but the training
+_served = attrgetter(*(field.name for field in fields(StepShape)[:-5]))  # all but the training
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +42,14 @@ class TrainWork:
     """Layers."""
     backward: int
     """Layers, the output head counted as the first of them."""
+    head: int = 0
+    """Rows that go through the head, which the first layer backward does; 0 once they have."""
 
     def part(self, layers: int) -> TrainPart:
         """The next so many layers, forward ones first."""
         forward = min(layers, self.forward)
-        return TrainPart(self.rows, forward, min(layers - forward, self.backward))
+        backward = min(layers - forward, self.backward)
+        return TrainPart(self.rows, forward, backward, self.head if backward else 0)
 
 
 class TrainingShare:
@@ -56,7 +57,9 @@ class TrainingShare:
 
     Steps with decodes may take HEADROOM of the target for the time per token. They do so on average, since the target
     is one of averages, layers are not divisible and a pass may end early: what a step leaves, later ones may take, up
-    to the target itself, and what one took beyond what was predicted, they give back. A step with prompts may be
+    to the target itself, and what one took beyond what was predicted, they give back. A layer too long for any step, as
+    the output head may be, is granted nevertheless, and steps after it train nothing until their time makes up for it
+    (that it looks so long may also have been learned while the machine was slow). A step with prompts may be
     lengthened by PROMPT_SHARE of the target for the first token; `train_priority` scales what training gets of that.
     Without requests a part is as long as PROMPT_SHARE of the latter target. The step-time model is fit to the steps
     observed and fit again when later ones err by more than FAMILIAR, so that both the engine's and the twin's decisions
@@ -71,8 +74,8 @@ class TrainingShare:
         """By which the parts granted so far lengthened their steps, as predicted; those before the first fit aside."""
         self._spare = 0.0
         """Seconds that steps with decodes have left of what they might take; negative: have taken beyond it."""
-        self._refused = 0
-        """Steps in a row into whose time no layer fitted."""
+        self._owed = 0.0
+        """Seconds that a layer too long for any step took beyond its step's due, less those of steps since."""
         self._seen: dict[tuple[bool, bool], deque[tuple[StepShape, float]]] = defaultdict(partial(deque, maxlen=MEMORY))
         """By whether they served and whether they trained: kept apart, so that a long time of one kind does not make
         the others look free."""
@@ -95,29 +98,28 @@ class TrainingShare:
 
         def seconds(layers: int) -> float:
             ahead = min(layers, forward)
-            return model.seconds(device, rows * ahead, rows * (layers - ahead), layers)
+            head = work.head if layers > ahead else 0
+            return model.seconds(device, rows * ahead, rows * (layers - ahead), layers, head)
 
         idle = not shape.prefill_rows and not shape.decode_rows and not num_waiting
         due, most = self._due(shape, served, num_waiting)
         priority = 1.0 if idle else self.config.train_priority
         spare = self._spare if shape.decode_rows else 0.0
         limit = served + min(priority * (due + spare), most)
-        low, high = 0, forward + work.backward  # the largest part within the limit, by bisection
-        while low < high:
-            middle = (low + high + 1) // 2
-            if seconds(middle) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        layers = max(low, 1) if idle else low
-        self._refused = 0 if layers or priority * (due + spare) <= 0 else self._refused + 1
-        if self._refused >= LOOK_AGAIN:
-            self._refused, layers = 0, 1
+        layers = _most(forward + work.backward, lambda layers: seconds(layers) <= limit)
+        layers = max(layers, 1) if idle else layers
+        mine, owes = priority * due, self._owed > 0 and not idle
+        if owes:
+            layers, self._owed = 0, self._owed - max(0.0, mine)
+        elif idle:
+            self._owed = 0.0
+        elif not layers and priority * (due + spare) > 0 and seconds(1) - served > most:
+            layers, owes, self._owed = 1, True, self._owed + seconds(1) - served - mine
         part = work.part(layers) if layers else None
         granted = max(0.0, seconds(layers) - served) if layers else 0.0
         self.granted_seconds += granted
-        if shape.decode_rows:
-            self._overrun(granted - priority * due)
+        if shape.decode_rows and not owes:
+            self._overrun(granted - mine)
         return part
 
     def _due(self, shape: StepShape, served: float, num_waiting: int) -> tuple[float, float]:
@@ -158,10 +160,22 @@ class TrainingShare:
         return sum(shape.train_backward > 0 for shape, _ in chain.from_iterable(self._seen.values()))
 
 
+def _most(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `high` that fits, as all smaller ones do; 0 if none does."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def with_part(shape: StepShape, part: TrainPart | None) -> StepShape:
     """The shape of a step that does the part beside, or trains nothing."""
     training: tuple[int, ...] = ()
     if part is not None:
         rows, layers = part.rows, part.forward + part.backward
-        training = (rows, rows * part.forward, rows * part.backward, layers)
+        training = (rows, rows * part.forward, rows * part.backward, layers, part.head)
     return StepShape(*_served(shape), *training)

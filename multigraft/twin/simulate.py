@@ -215,7 +215,8 @@ class Twin:
         # Where steps overlap, training runs on its own behind them; elsewhere forward rows ride along.
         ahead = 0 if self.profile.overlap else train.forward
         flight.seconds = model.seconds(served, ahead * train.rows, 0, ahead)
-        seconds = model.seconds(served, shape.train_forward, shape.train_backward, shape.train_layers)
+        s = shape
+        seconds = model.seconds(served, s.train_forward, s.train_backward, s.train_layers, s.train_head)
         flight.afterwards = seconds - flight.seconds
 
     def _finish(self, request: Request) -> None:

@@ -17,6 +17,8 @@ class _Pass:
     forward: int
     """Layers left."""
     backward: int
+    head: int
+    """Rows that have yet to go through the output head."""
 
 
 class Training:
@@ -48,28 +50,29 @@ class Training:
         if self._pass is None:
             self._pass = self._compose()
         p = self._pass
-        return None if p is None else TrainWork(p.rows, p.forward, p.backward)
+        return None if p is None else TrainWork(p.rows, p.forward, p.backward, p.head)
 
     def run(self, part: TrainPart) -> None:
         p = self._pass
         assert p is not None
         p.forward -= part.forward
         p.backward -= part.backward
+        p.head -= part.head
         if not p.forward and not p.backward:
             self.tokens += p.rows
             self._pass = None
 
     def _compose(self) -> _Pass | None:
-        rows, waiting = 0, list(self._left)
+        rows, microbatches, waiting = 0, 0, list(self._left)
         while waiting:
             name = min(waiting, key=self._served.__getitem__)  # of equals the one that came first
             waiting.remove(name)
             num = min(self._microbatch[name], self._left[name])
             if rows + num > self.max_rows:
                 continue
-            rows += num
+            rows, microbatches = rows + num, microbatches + 1
             self._left[name] -= num
             self._served[name] += num
         self._left = {name: left for name, left in self._left.items() if left}
-        # The output head counts as the first layer backward.
-        return _Pass(rows, self.num_layers, self.num_layers + 1) if rows else None
+        # The output head is the first layer backward. A microbatch is one sample, whose first token nothing foretells.
+        return _Pass(rows, self.num_layers, self.num_layers + 1, rows - microbatches) if rows else None

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+import torch
 
 from multigraft.core.config import EngineConfig
 from multigraft.engine import ranks
@@ -117,6 +118,9 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def lent_ranks(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs the engine starts ranks as it always does: one process a rank and engine, as NCCL expects."""
+    if torch.cuda.is_available():
+        return
     monkeypatch.setattr(ranks, "_spawn", pool.spawn)
     monkeypatch.setattr(ranks.Ranks, "_watch", lambda self, rank: None)  # their end is no loss
 

@@ -42,8 +42,7 @@ class MadeGpu:
             for _ in range(part.forward):
                 self._launch(LAYER, 0.69e-6 * part.rows)
             for i in range(part.backward):
-                head = i == 0 and part.backward + part.forward > LAYERS
-                self._launch(LAYER, (3.3e-6 if head else 1.37e-6) * part.rows)
+                self._launch(LAYER, 3.3e-6 * part.head if part.head and i == 0 else 1.37e-6 * part.rows)
         if ends:
             self._launch(END)
         self._device = max(self._device, self._host)
@@ -74,7 +73,8 @@ class MadePass:
     @property
     def work(self) -> TrainWork:
         forward = max(0, LAYERS - self.done)
-        return TrainWork(self.rows, forward, 2 * LAYERS + 1 - self.done - forward)
+        head = self.rows if self.done <= LAYERS else 0
+        return TrainWork(self.rows, forward, 2 * LAYERS + 1 - self.done - forward, head)
 
     def run(self, gpu: MadeGpu, shape: StepShape, part: TrainPart) -> Timed:
         """A step with a part of the pass."""

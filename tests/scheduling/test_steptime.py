@@ -35,7 +35,7 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
         span(Phase.DECODE, 4, 1, 5, big),
         span(Phase.DECODE, 6, 1, 7),
     ]
-    shape = StepShape.of(Batch(spans=spans, train=TrainPart(rows=50, forward=3, backward=2)))
+    shape = StepShape.of(Batch(spans=spans, train=TrainPart(rows=50, forward=3, backward=2, head=40)))
     assert shape == StepShape(
         prefill_spans=3,
         prefill_rows=9,
@@ -57,6 +57,7 @@ def test_shape_of_a_batch_counted_by_hand() -> None:
         train_forward=150,
         train_backward=100,
         train_layers=5,
+        train_head=40,
     )
     features = dict(zip(FEATURES, shape.features(), strict=True))
     assert features["rows_from_0"] == 13 and features["rows_from_16"] == 0

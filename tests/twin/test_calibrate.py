@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from multigraft.calibration.calibrate import FOLDS, TRAIN_PASSES, TRAIN_SIZES, calibrate, errors
+from multigraft.calibration.calibrate import FOLDS, TRAIN_PASSES, TRAIN_SIZES, Calibration, calibrate, errors
 from multigraft.calibration.drive import Drive
 from multigraft.engine import parts
 from multigraft.engine.core import EngineCore
@@ -29,6 +30,33 @@ def test_the_margin_is_what_steps_take_longer_than_predicted() -> None:
     found = errors([*points, [(decode, 0.5, 1.0)]])
     assert found["late_prompts"] == pytest.approx(0.18) and found["late_decodes"] == 0.0
     assert found["held_out_steps"] == 61
+
+
+def test_a_calibration_goes_on_between_other_work(tmp_path: Path) -> None:
+    """As benchmarks/twin_accuracy.py has it: adapters leave and come back, the share of training is the engine's own
+    again, and all points tell the profile."""
+    model = build_checkpoint(tmp_path / "model", "llama")
+    config = make_config(
+        str(model), device="cpu", kv_cache_gib=0.02, max_num_seqs=8, max_num_batched_tokens=128, adapter_memory_gib=0.01
+    )
+    core = EngineCore(parts.build(config))
+    share = core.scheduler.training
+    measured = Calibration(core, tmp_path / "adapters", Random(0), progress=lambda what, done: None)
+    core.start()
+    measured.all(2.0)
+    assert core.scheduler.training is share
+    first = measured.profile(config)
+    for info in core.parts.store.list():
+        core.parts.store.unregister(info.name)
+    requests = (r._replace(adapter=None) for r in poisson(1, 20.0, 0.5, 0, 40, 20).requests)
+    workload = Workload(name="w", requests=tuple(requests))
+    assert all(served.last for served in Drive(core, workload).run(60).served)
+    measured.register()
+    more = measured.measure_steps(0.0)
+    core.stop(10)
+    assert len(more) >= 2 * FOLDS and measured.points[-len(more) :] == more
+    second = measured.profile(config)
+    assert second.errors["held_out_steps"] > first.errors["held_out_steps"] and second.loads == first.loads
 
 
 def test_profile_of_a_tiny_model(tmp_path: Path) -> None:
