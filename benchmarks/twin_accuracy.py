@@ -4,8 +4,8 @@ Calibrates the engine, then runs each workload for --seconds of arrivals through
 some with a fine-tuning job beside them) and through the twin, under the same configuration. Prints the plain relative
 error and the halved SMAPE of the published twins, for every workload, and ends in one JSON line.
 
-Engines differ: on a CPU one process's steps take 15 % longer than another's, wherever its memory came to lie; and
-machines whose processors are shared are faster now and slower then. So calibration is of the same engine, and goes on
+Engines differ: on two CPU cores one's steps took 15 % longer than another's in the same minutes; and machines whose
+processors are shared are faster now and slower then. So calibration is of the same engine, and goes on
 between the runs: all of its steps tell the profile, and those before and behind a run how fast it was then: decode
 steps, which wait for memory, and what prompts add, which waits for arithmetic, each at its own speed. The twin
 simulates that; errors "as calibrated", at the profile's mean speed, are told, too. A run during which the speed changed
