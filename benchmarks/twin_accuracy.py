@@ -5,10 +5,10 @@ some with a fine-tuning job beside them) and through the twin, under the same co
 error and the halved SMAPE of the published twins, for every workload, and ends in one JSON line.
 
 Engines differ: on two CPU cores one's steps took 15 % longer than another's in the same minutes; and machines whose
-processors are shared are faster now and slower then. So calibration is of the same engine, and goes on
-between the runs: all of its steps tell the profile, and those before and behind a run how fast it was then: decode
-steps, which wait for memory, and what prompts add, which waits for arithmetic, each at its own speed. The twin
-simulates that; errors "as calibrated", at the profile's mean speed, are told, too. A run during which the speed changed
+processors are shared are faster now and slower then. So calibration is of the same engine, and goes on between the
+runs: all of its steps tell the profile, and those before and behind a run how fast it was then: decode steps, which
+wait for memory, and what prompts and training add, which waits for arithmetic, each at its own speed. The twin
+simulates that; errors "as calibrated", at the profile's own speed, are told, too. A run during which the speed changed
 or other processes computed is repeated up to twice; the least disturbed one counts, whatever it says.
 
     python -m benchmarks.twin_accuracy MODEL DATA_FOLDER [--seconds 24] [--smoke] [--save] [--keep FOLDER]
@@ -151,14 +151,13 @@ class Slowness:
     decodes: float
     """Of decode rows alone, and what other steps have in common with them."""
     prompts: float
-    """What prompts add to a step."""
+    """What prompts add to a step, and training, which waits for arithmetic, too."""
 
     def of(self, model: StepTimeModel) -> StepTimeModel:
-        """The model at this speed; training's terms as they are."""
-        factors = [
-            self.prompts if i in OF_PROMPTS else self.decodes if i < TRAIN else 1.0 for i in range(len(FEATURES))
-        ]
-        return replace(model, weights=tuple(f * w for f, w in zip(factors, model.weights, strict=True)))
+        """The model at this speed."""
+        terms = enumerate(model.weights)
+        weights = (w * (self.prompts if i in OF_PROMPTS or i >= TRAIN else self.decodes) for i, w in terms)
+        return replace(model, weights=tuple(weights))
 
     @classmethod
     def seen(cls, steps: Sequence[Timed], model: StepTimeModel) -> Slowness:
