@@ -112,6 +112,7 @@ class EngineCore:
         self.trainer = parts.trainer
         self.observer: StepObserver | None = None
         self.counters = Counters()
+        # Of the share that the scheduler has then: calibration puts another in its place for a while.
         self._clock = StepClock(parts.loaded.device, lambda *step: self.scheduler.training.observe(*step))
         self.error: BaseException | None = None
         self._fatal: MultigraftError | None = None
