@@ -170,6 +170,11 @@ class Slowness:
         return cls(decodes, (sum(t for _, t in prompts) - decodes * common) / added)
 
 
+def against(steps: Sequence[Timed], model: StepTimeModel) -> float:
+    """How many times as long as predicted the steps took, all together."""
+    return sum(t for _, t in steps) / sum(model.predict(s) for s, _ in steps)
+
+
 @dataclass
 class Run:
     workload: Workload
@@ -208,9 +213,7 @@ class Machine:
         found.steps = list(zip(steps.shapes, steps.seconds, strict=False))
         before, behind = self._before, self._look()
         self._before, found.around = behind, before + behind
-        was, then = (
-            sum(t for _, t in looked) / sum(self._model.predict(s) for s, _ in looked) for looked in (before, behind)
-        )
+        was, then = (against(looked, self._model) for looked in (before, behind))
         found.disturbance = max(share / OTHERS, (max(was, then) / min(was, then) - 1) / CHANGE)
         return found
 
@@ -233,9 +236,7 @@ def keep(
     folder.mkdir(parents=True, exist_ok=True)
     profile.save(folder / "profile.json")
     (folder / "measured.json").write_text(json.dumps(measured))
-    calibration.save(folder / "points.jsonl")
-    (folder / "points.jsonl.gz").write_bytes(gzip.compress((folder / "points.jsonl").read_bytes()))
-    (folder / "points.jsonl").unlink()
+    calibration.save(folder / "points.jsonl.gz")
     with gzip.open(folder / "live.jsonl.gz", "wt") as file:
         for run in runs:
             for shape, seconds in run.steps:
@@ -367,7 +368,7 @@ def row(run: Run, profile: Profile, config: EngineConfig) -> dict[str, Any]:
         found |= {d.metric: d.measured, f"{d.metric}_error": d.relative, f"{d.metric}_smape": d.smape}
     found |= {f"{d.metric}_error_as_calibrated": d.relative for d in compare(as_calibrated, measured)}
     served = [step for step in run.steps if not step[0].train_layers]
-    model_error = sum(now.steps.predict(s) for s, _ in served) / sum(t for _, t in served) - 1 if served else None
+    model_error = 1 / against(served, now.steps) - 1 if served else None
     assert measured.resources is not None and twin.resources is not None
     found |= {"loads": measured.resources.loads, "twin_loads": twin.resources.loads, "step_time_error": model_error}
     found |= {"starved": measured.starved_adapters, "twin_starved": twin.starved_adapters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import statistics
 import tempfile
@@ -108,13 +109,13 @@ class Calibration:
         kv = core.parts.runner.attention.kv  # type: ignore[attr-defined]
         for tensor in (kv.k, kv.v):
             tensor.fill_(0.01)  # pages never written would all be one page of zeros to the operating system
-        parts, self._names = core.parts, list[list[str]]()
+        parts, self._names = core.parts, dict[int, list[str]]()
         ranks = [rank for rank in RANKS if rank <= parts.config.adapters.max_lora_rank]
         for i, rank in enumerate(ranks):
             progress(f"Writing adapters of rank {rank}", 0.02 + 0.02 * i / len(ranks))
             nbytes = write_adapter(folder / f"r{rank}", parts.sites, rank, parts.loaded.dtype)
             if count := min(RANK_SUM // rank, parts.bank.capacity_bytes // nbytes):
-                self._names.append([f"calibration-{rank}-{n}" for n in range(count)])
+                self._names[rank] = [f"calibration-{rank}-{n}" for n in range(count)]
         if not self._names:
             raise CapacityExceeded(
                 f"Adapters of rank {ranks[0]} do not fit the adapter memory of {parts.bank.capacity_bytes} bytes; "
@@ -130,16 +131,16 @@ class Calibration:
 
     def register(self) -> None:
         """The adapters; those of a rank share one folder, but not their place in memory."""
-        for same in self._names:
-            for name in same:
-                self.core.parts.store.register(name, self._folder / f"r{name.split('-')[1]}")
+        for rank, names in self._names.items():
+            for name in names:
+                self.core.parts.store.register(name, self._folder / f"r{rank}")
 
     def measure_loads(self) -> None:
         self._progress("Timing adapter loads", 0.05)
         rounds, probes, begun = [], [], time.monotonic()
         while not rounds or (len(rounds) < LOAD_ROUNDS and time.monotonic() - begun < LOAD_SECONDS):
             before = probe(self._runner)
-            rounds.append(measure_loads(self.core, self._runner, self._names))
+            rounds.append(measure_loads(self.core, self._runner, list(self._names.values())))
             probes.append(slower(before, probe(self._runner)))
         factors = slowness(probes)
         self._loads = rounds[factors.index(min(factors))]
@@ -149,10 +150,8 @@ class Calibration:
         points: list[Point] = []
         begun, before = time.monotonic(), probe(self._runner)
         while (elapsed := time.monotonic() - begun) < seconds or len(points) < COLD + 2 * FOLDS:
-            self._progress(
-                f"Timing steps: {len(points)} groups", 0.32 + 0.66 * (elapsed / seconds if elapsed < seconds else 1.0)
-            )
-            plans = draw_point(self.rng, self._names, self.core)
+            self._progress(f"Timing steps: {len(points)} groups", 0.32 + 0.66 * _done(elapsed, seconds))
+            plans = draw_point(self.rng, list(self._names.values()), self.core)
             self._runner.warm_up(sorted({p.adapter for p in plans if p.adapter is not None}))
             timed, after = self._runner.run(plans), probe(self._runner)
             points.append((slower(before, after), timed))
@@ -170,9 +169,7 @@ class Calibration:
         begun, before = time.monotonic(), probe(self._runner)
         sizes: list[int] = []
         while (elapsed := time.monotonic() - begun) < seconds or len(points) < TRAIN_ROUNDS * len(TRAIN_SIZES):
-            self._progress(
-                f"Timing training: {len(points)} groups", 0.12 + 0.2 * (elapsed / seconds if elapsed < seconds else 1.0)
-            )
+            self._progress(f"Timing training: {len(points)} groups", 0.12 + 0.2 * _done(elapsed, seconds))
             sizes = sizes or self.rng.sample(TRAIN_SIZES, len(TRAIN_SIZES))
             rows = max(2, trainer.memory.max_rows // sizes.pop())
             passes = TRAIN_PASSES if len(points) >= len(TRAIN_SIZES) else 1
@@ -193,8 +190,8 @@ class Calibration:
         self.points += points[len(TRAIN_SIZES) :]
 
     def save(self, path: Path) -> None:
-        """The points, a JSON line for each."""
-        with path.open("w") as file:
+        """The points, a JSON line for each; compressed where the path ends in .gz."""
+        with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
             for slowest, timed in self.points:
                 steps = [{"seconds": t, **asdict(shape)} for shape, t in timed]
                 file.write(json.dumps({"probe": slowest, "steps": steps}) + "\n")
@@ -222,6 +219,10 @@ class Calibration:
             errors=found,
             margin=max(found["late_prompts"], found["late_decodes"]),
         )
+
+
+def _done(elapsed: float, seconds: float) -> float:
+    return elapsed / seconds if elapsed < seconds else 1.0
 
 
 def fit(points: Sequence[Sequence[Timed]]) -> StepTimeModel:

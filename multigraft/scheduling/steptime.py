@@ -230,10 +230,10 @@ class StepTimeModel:
     def __post_init__(self) -> None:
         assert len(self.weights) == len(FEATURES) and min(self.weights) >= 0
 
-    def predict(self, shape: StepShape) -> float:
-        """Seconds of the step."""
-        s = shape
-        return self.seconds(self.served(s), s.train_forward, s.train_backward, s.train_layers, s.train_head)
+    def predict(self, shape: StepShape, served: float | None = None) -> float:
+        """Seconds of the step. served: as `served` gives it, where that is known."""
+        s, served = shape, self.served(shape) if served is None else served
+        return self.seconds(served, s.train_forward, s.train_backward, s.train_layers, s.train_head)
 
     def served(self, shape: StepShape) -> float:
         """The device's seconds for what the step serves, uncorrected: with it, `seconds` tells of any training."""

@@ -30,7 +30,7 @@ engine that is this even the time of a fit, and the twin most of its own."""
 MEMORY = 256
 """Latest steps that a fit looks at, of those that only serve, of those that only train, and of those that do both."""
 
-_served = attrgetter(*(field.name for field in fields(StepShape)[:-5]))  # all but the training
+_served = attrgetter(*(field.name for field in fields(StepShape) if not field.name.startswith("train_")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +106,14 @@ class TrainingShare:
         priority = 1.0 if idle else self.config.train_priority
         spare = self._spare if shape.decode_rows else 0.0
         limit = served + min(priority * (due + spare), most)
-        layers = _most(forward + work.backward, lambda layers: seconds(layers) <= limit)
-        layers = max(layers, 1) if idle else layers
         mine, owes = priority * due, self._owed > 0 and not idle
+        layers = 0 if owes else _most(forward + work.backward, lambda layers: seconds(layers) <= limit)
         if owes:
-            layers, self._owed = 0, self._owed - max(0.0, mine)
+            self._owed -= max(0.0, mine)
         elif idle:
-            self._owed = 0.0
-        elif not layers and priority * (due + spare) > 0 and seconds(1) - served > most:
-            layers, owes, self._owed = 1, True, self._owed + seconds(1) - served - mine
+            layers, self._owed = max(layers, 1), 0.0
+        elif not layers and priority * (due + spare) > 0 and (one := seconds(1) - served) > most:
+            layers, owes, self._owed = 1, True, self._owed + one - mine
         part = work.part(layers) if layers else None
         granted = max(0.0, seconds(layers) - served) if layers else 0.0
         self.granted_seconds += granted

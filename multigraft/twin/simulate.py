@@ -215,9 +215,7 @@ class Twin:
         # Where steps overlap, training runs on its own behind them; elsewhere forward rows ride along.
         ahead = 0 if self.profile.overlap else train.forward
         flight.seconds = model.seconds(served, ahead * train.rows, 0, ahead)
-        s = shape
-        seconds = model.seconds(served, s.train_forward, s.train_backward, s.train_layers, s.train_head)
-        flight.afterwards = seconds - flight.seconds
+        flight.afterwards = model.predict(shape, served) - flight.seconds
 
     def _finish(self, request: Request) -> None:
         self.scheduler.finish(request, FinishReason.LENGTH)
